@@ -1,0 +1,379 @@
+"""Who on the host uses a PCI device: seen from sysfs and /proc, without opening anything of the device.
+
+The kernel itself protects nobody: it unbinds an NVMe disk under a mounted root, and a network card that is
+up. Imported lazily, by the plugin and right before an unbind, release included: it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+TYPE_CHECKING = False  # importing typing would cost release more than all its work
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from virt_usher.host import Host
+
+# How bad it is. DATA and GUEST have no waiver: a mounted disk, and a domain that runs with the device.
+DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
+STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
+_SHOWN = 3
+_SOUND = re.compile(r"/dev/snd/[a-z]+[CD](\d+)(?:D\d+[pc]?)?")
+_HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
+# The first word of a keyboard's key bitmap: all of KEY_ESC to KEY_S (udev's ID_INPUT_KEYBOARD).
+_KEYBOARD = 0xFFFFFFFE
+
+
+class User:
+    """One use of a device: what, of which kind (`problem`), and what would end it."""
+
+    __slots__ = ("address", "hint", "problem", "what")
+
+    def __init__(self, address: str, problem: str, what: str, hint: str) -> None:
+        self.address = address
+        self.problem = problem
+        self.what = what
+        self.hint = hint
+
+    def __repr__(self) -> str:
+        return f"User({self.address} {self.problem}: {self.what})"
+
+
+def find(host: Host, addresses: Iterable[str], but: int | None = None) -> list[User]:
+    """Return who uses these devices, the process `but` excepted; at most one walk over all processes."""
+    look = _Look(host, list(addresses), but)
+    return sorted(look.users(), key=lambda u: (u.address, u.problem != DATA))
+
+
+class _Look:
+    """One look at the host, which reads each list of sysfs once."""
+
+    def __init__(self, host: Host, addresses: list[str], but: int | None) -> None:
+        self.host = host
+        self.addresses = addresses
+        self.but = (os.getpid(), but)
+        self._classes: dict[str, dict[str, str]] = {}
+        # What to look for in processes: device node -> address, sound card -> address.
+        self.nodes: dict[str, str] = {}
+        self.cards: dict[str, str] = {}
+
+    def users(self) -> list[User]:
+        found: list[User] = []
+        for address in self.addresses:
+            device = f"/sys/bus/pci/devices/{address}"
+            driver = self.host.link(f"{device}/driver")
+            self._vfio_nodes(address)
+            if not driver:
+                found += self._firmware_display(address)
+            elif driver not in STUBS and not self._on_vfio(device, driver):
+                found += [*self._disks(address), *self._network(address), *self._display(address)]
+                found += self._virtual_functions(address)
+                self._char_nodes(address, driver)
+        return found + self._last_keyboard() + self._processes()
+
+    def _on_vfio(self, device: str, driver: str) -> bool:
+        return driver == "vfio-pci" or self.host.exists(f"{device}/vfio-dev")
+
+    # -- sysfs classes
+
+    def _class(self, name: str) -> dict[str, str]:
+        """Return what a class has: name -> where its link points."""
+        if name not in self._classes:
+            base = f"/sys/class/{name}"
+            self._classes[name] = {n: self.host.target(f"{base}/{n}") for n in self.host.entries(base)}
+        return self._classes[name]
+
+    def _below(self, name: str, address: str) -> list[str]:
+        """Return the members of a class that hang on a PCI device, through any number of steps."""
+        return [n for n, target in self._class(name).items() if f"/{address}/" in target]
+
+    # -- disks
+
+    def _disks(self, address: str) -> list[User]:
+        """Mounts, swap and whatever is stacked on the device's disks (dm, md, bcache, btrfs, ZFS)."""
+        disks = self._paths(address)
+        blocks = self._with_above(disks)
+        if not blocks:
+            return []
+        names = {n: n for n in blocks} | {
+            dm: n for n in blocks if (dm := self.host.get(f"/sys/class/block/{n}/dm/name"))
+        }
+        self.nodes |= {f"/dev/{n}": address for n in blocks}
+        places = self._mounts(blocks, names)
+        if places:
+            needed = [p for p in places if p in _HOST_NEEDS]
+            hint = "the host needs it: give the domain another device" if needed else f"umount {places[0]}"
+            return [User(address, DATA, f"carries what is mounted on {_some(places)}", hint)]
+        swaps = [f for f in self._first_words("/proc/swaps") if f.rpartition("/")[2] in names]
+        if swaps:
+            return [User(address, DATA, f"carries the swap space {_some(swaps)}", f"swapoff {swaps[0]}")]
+        return self._stacked(address, disks, blocks)
+
+    def _paths(self, address: str) -> list[str]:
+        """Return the device's own disks and partitions."""
+        found = self._below("block", address)
+        for subsystem in self.host.entries("/sys/class/nvme-subsystem"):
+            # With native multipath the disk hangs on the subsystem, and the controller's own path is hidden.
+            base = f"/sys/class/nvme-subsystem/{subsystem}"
+            if any(f"/{address}/" in self.host.target(f"{base}/{n}") for n in self.host.entries(base)):
+                found += [n for n, t in self._class("block").items() if f"/{subsystem}/" in t]
+        return found
+
+    def _with_above(self, disks: list[str]) -> list[str]:
+        """Return disks and partitions with all that is built upon them, through any depth."""
+        todo, found = list(disks), list[str]()
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.append(name)
+                todo += self.host.entries(f"/sys/class/block/{name}/holders")
+                todo += [n for n, t in self._class("block").items() if f"/{name}/" in t]
+        return sorted(found)
+
+    def _mounts(self, blocks: list[str], names: dict[str, str]) -> list[str]:
+        numbers = {self.host.get(f"/sys/class/block/{n}/dev") for n in blocks} - {""}
+        members = [n for n in blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
+        pools = {self._udev(n, "ID_FS_LABEL") for n in members} - {""}
+        btrfs = {
+            uuid
+            for uuid in self.host.entries("/sys/fs/btrfs")
+            if any(n in blocks for n in self.host.entries(f"/sys/fs/btrfs/{uuid}/devices"))
+        }
+        places, btrfs_seen = [], False
+        for line in self.host.get("/proc/1/mountinfo").splitlines():
+            left, _, right = line.partition(" - ")
+            fields, (kind, source, *_) = left.split(" "), [*right.split(" "), "", ""]
+            # btrfs and ZFS have numbers of their own there, and name a device or a pool.
+            pool = source.partition("/")[0] if kind == "zfs" else ""
+            known = source.rpartition("/")[2] in names or pool in pools
+            if len(fields) > 4 and (known or fields[2] in numbers):
+                places.append(fields[4])
+                btrfs_seen = btrfs_seen or kind == "btrfs"
+        if btrfs and not btrfs_seen:  # the kernel lists a btrfs there while it is mounted
+            places.append(f"a btrfs of several disks ({sorted(btrfs)[0]})")
+        pools_in = [p for p in sorted(pools) if self.host.exists(f"/proc/spl/kstat/zfs/{p}")]
+        places += [f"the ZFS pool {p}" for p in pools_in] if not places else []
+        return sorted(dict.fromkeys(places), key=lambda p: (p not in _HOST_NEEDS, len(p), p))
+
+    def _stacked(self, address: str, disks: list[str], blocks: list[str]) -> list[User]:
+        upper = [n for n in blocks if n not in disks]
+        upper += [f"bcache on {n}" for n in blocks if self.host.exists(f"/sys/class/block/{n}/bcache")]
+        if not upper:
+            return []
+        hint = "dmsetup ls --tree and /proc/mdstat show it: stop it first"
+        return [User(address, USE, f"carries {_some(upper)}", hint)]
+
+    def _udev(self, block: str, key: str) -> str:
+        """Return what udev found on a disk; it has looked already, and nobody need open it again."""
+        number = self.host.get(f"/sys/class/block/{block}/dev")
+        for line in self.host.get(f"/run/udev/data/b{number}").splitlines():
+            if line.startswith(f"E:{key}="):
+                return line.partition("=")[2]
+        return ""
+
+    def _first_words(self, path: str) -> list[str]:
+        return [line.split()[0] for line in self.host.get(path).splitlines()[1:] if line.strip()]
+
+    # -- network
+
+    def _network(self, address: str) -> list[User]:
+        users = []
+        for name in self._below("net", address):
+            above = self._above(name)
+            default, routed = self._routes({name, *above})
+            up = int(self.host.get(f"/sys/class/net/{name}/flags") or "0", 16) & 1  # IFF_UP
+            through = f" through {_some(above)}" if above else ""
+            if default:
+                hint = "the host would lose its network: give the domain another device"
+                users.append(User(address, USE, f"is {name}, the way of the default route{through}", hint))
+            elif above:
+                hint = f"ip link set {name} nomaster, or remove what is above it"
+                users.append(User(address, USE, f"is {name}, a part of {_some(above)}", hint))
+            elif up and routed:
+                what = f"is {name}, which is up with an address"
+                users.append(User(address, USE, what, f"ip link set {name} down"))
+        device = f"/sys/bus/pci/devices/{address}"
+        inner = [device, *(f"{device}/{n}" for n in self.host.entries(device) if n.startswith("virtio"))]
+        # An interface that was moved leaves an empty directory behind: each namespace sees its own.
+        if any(self.host.exists(f"{d}/net") and not self.host.entries(f"{d}/net") for d in inner):
+            what = "has its network interface in another namespace (a container's, perhaps)"
+            users.append(User(address, USE, what, "lsns -t net"))
+        return users
+
+    def _above(self, name: str) -> list[str]:
+        """Return all that is stacked on a network interface: bridges, bonds, VLANs, macvtaps."""
+        found: list[str] = []
+        todo = [name]
+        while todo:
+            base = f"/sys/class/net/{todo.pop()}"
+            uppers = [n[6:] for n in self.host.entries(base) if n.startswith("upper_")]
+            uppers += [m] if (m := self.host.link(f"{base}/master")) else []
+            fresh = [u for u in dict.fromkeys(uppers) if u not in found]
+            found += fresh
+            todo += fresh
+        return found
+
+    def _routes(self, names: set[str]) -> tuple[bool, bool]:
+        """Return whether a default route leaves through one of these, and whether any has an address."""
+        default = routed = False
+        for line in self.host.get("/proc/net/route").splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 7 and fields[0] in names:
+                routed = True
+                default = default or fields[1] == fields[7] == "00000000"
+        for line in self.host.get("/proc/net/ipv6_route").splitlines():
+            fields = line.split()
+            if len(fields) > 9 and fields[9] in names:
+                rejects = int(fields[8], 16) & 0x200  # RTF_REJECT
+                default = default or (fields[0] == "0" * 32 and fields[1] == "00" and not rejects)
+        for line in self.host.get("/proc/net/if_inet6").splitlines():
+            fields = line.split()
+            routed = routed or (len(fields) > 5 and fields[5] in names and fields[3] != "20")  # link-local
+        return default, routed
+
+    # -- displays, virtual functions, keyboards
+
+    def _display(self, address: str) -> list[User]:
+        shows = []
+        if self.host.get(f"/sys/bus/pci/devices/{address}/boot_vga") == "1":
+            shows.append("the firmware's display (boot_vga)")
+        for name in self._below("drm", address):
+            base = f"/sys/class/drm/{name}"
+            state = (self.host.get(f"{base}/status"), self.host.get(f"{base}/enabled"))
+            if state == ("connected", "enabled"):
+                shows.append(f"a picture on {name.partition('-')[2] or name}")
+        if "fb0" in self._below("graphics", address) and self._console():
+            shows.append("the text console (fb0)")
+        hint = "systemctl stop display-manager, and use another display for the host"
+        return [User(address, DISPLAY, f"shows {_some(shows)}", hint)] if shows else []
+
+    def _firmware_display(self, address: str) -> list[User]:
+        """The picture that firmware left on a graphics card without a driver; binding vfio ends it."""
+        if self.host.get(f"/sys/bus/pci/devices/{address}/boot_vga") != "1":
+            return []
+        name = self.host.get("/sys/class/graphics/fb0/name")
+        if not name.startswith(("EFI", "VESA", "simple")) or not self._console():
+            return []
+        hint = "the host's console would be gone until it reboots"
+        return [User(address, DISPLAY, f"shows the text console (fb0, {name})", hint)]
+
+    def _console(self) -> bool:
+        base = "/sys/class/vtconsole"
+        return any(
+            "frame buffer" in self.host.get(f"{base}/{n}/name") and self.host.get(f"{base}/{n}/bind") == "1"
+            for n in self.host.entries(base)
+        )
+
+    def _virtual_functions(self, address: str) -> list[User]:
+        count = self.host.number(f"/sys/bus/pci/devices/{address}/sriov_numvfs")
+        hint = f"echo 0 >/sys/bus/pci/devices/{address}/sriov_numvfs"
+        return [User(address, VFS, f"has {count} virtual functions", hint)] if count > 0 else []
+
+    def _last_keyboard(self) -> list[User]:
+        inputs = {n: t for n, t in self._class("input").items() if n.startswith("input")}
+        mine: dict[str, str] = {}
+        for name, target in inputs.items():
+            words = self.host.get(f"/sys/class/input/{name}/capabilities/key").split()
+            if not words or int(words[-1], 16) & _KEYBOARD != _KEYBOARD:
+                continue
+            owner = next((a for a in self.addresses if f"/{a}/" in target), "")
+            if owner:
+                mine.setdefault(owner, self.host.get(f"/sys/class/input/{name}/name"))
+            elif "/devices/virtual/" not in target:
+                return []
+        hint = "plug a keyboard into another controller, if you need one here"
+        return [User(a, USE, f"has the host's last keyboard ({name})", hint) for a, name in mine.items()]
+
+    # -- processes
+
+    def _vfio_nodes(self, address: str) -> None:
+        """Look for QEMUs that have the device's IOMMU group; the node is there if a vfio driver is."""
+        group = self.host.link(f"/sys/bus/pci/devices/{address}/iommu_group")
+        if group and self.host.exists(f"/dev/vfio/{group}"):
+            self.nodes[f"/dev/vfio/{group}"] = address
+        members = self.host.entries(f"/sys/kernel/iommu_groups/{group}/devices") if group else []
+        for member in members or [address]:
+            for name in self.host.entries(f"/sys/bus/pci/devices/{member}/vfio-dev"):
+                self.nodes[f"/dev/vfio/devices/{name}"] = address
+
+    def _char_nodes(self, address: str, driver: str) -> None:
+        for kind, folder in (("drm", "dri/"), ("accel", "accel/"), ("graphics", "")):
+            names = [n for n in self._below(kind, address) if "-" not in n]  # no connectors
+            self.nodes |= {f"/dev/{folder}{n}": address for n in names}
+        cards = (n for n in self._below("sound", address) if n.startswith("card"))
+        self.cards |= {n[4:]: address for n in cards}
+        gpus = self.host.entries("/proc/driver/nvidia/gpus")
+        if address in gpus:
+            for line in self.host.get(f"/proc/driver/nvidia/gpus/{address}/information").splitlines():
+                if line.startswith("Device Minor:"):
+                    self.nodes[f"/dev/nvidia{line.split()[-1]}"] = address
+            # These nodes are for all cards of the driver, so they tell of this one if it is alone.
+            if len(gpus) == 1:
+                self.nodes |= {f"/dev/nvidia{n}": address for n in ("ctl", "-uvm", "-modeset")}
+        if driver == "amdgpu":
+            siblings = [n for n in self.host.entries("/sys/bus/pci/drivers/amdgpu") if n.count(":") == 2]
+            if len(siblings) == 1:
+                self.nodes["/dev/kfd"] = address
+
+    def _processes(self) -> list[User]:
+        """Walk over the open files of all processes, if there is anything to look for."""
+        holders: dict[str, dict[int, str]] = {}
+        guests: list[User] = []
+        for pid in self.host.entries("/proc") if self.nodes or self.cards else []:
+            if pid.isdigit() and int(pid) not in self.but:
+                for node, address in self._held(pid):
+                    if node.startswith("/dev/vfio/"):
+                        what = f"is in use by {self._name(pid)}, with its IOMMU group"
+                        guests.append(User(address, GUEST, what, "virsh list; virt-usher status"))
+                    else:
+                        holders.setdefault(address, {}).setdefault(int(pid), node)
+        return guests + [self._holders(a, held) for a, held in holders.items()]
+
+    def _held(self, pid: str) -> list[tuple[str, str]]:
+        """Return (node, address) for what a process has open of our devices, once for each device."""
+        folder = self.host.path(f"/proc/{pid}/fd")
+        found: dict[str, str] = {}
+        try:
+            names = os.listdir(folder)
+        except OSError:  # it ended, or this is no process of ours to look at
+            return []
+        for fd in names:
+            try:
+                node = os.readlink(f"{folder}/{fd}")
+            except OSError:
+                continue
+            if node.startswith("/dev/") and (address := self._address(pid, fd, node)):
+                found.setdefault(address, node)
+        return [(node, address) for address, node in found.items()]
+
+    def _address(self, pid: str, fd: str, node: str) -> str:
+        if address := self.nodes.get(node):
+            return address
+        if node.startswith("/dev/snd/") and (card := _SOUND.fullmatch(node)):
+            return self.cards.get(card[1], "")
+        if node.startswith("/dev/dri/"):  # in a container the same device may have another name
+            for line in self.host.get(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+                if line.startswith("drm-pdev:"):
+                    address = line.split()[1]
+                    return address if address in self.nodes.values() else ""
+        return ""
+
+    def _holders(self, address: str, held: dict[int, str]) -> User:
+        """One record for all processes of a device, with what would end the first of them."""
+        names = [self._name(str(pid)) for pid in held]
+        pid, node = next(iter(held.items()))
+        unit = self.host.get(f"/proc/{pid}/cgroup").rpartition("/")[2]
+        hint = f"systemctl stop {unit}" if unit.endswith(".service") else f"end it: kill {pid}"
+        return User(address, USE, f"is in use ({node}) by {_some(names)}", hint)
+
+    def _name(self, pid: str) -> str:
+        words = self.host.get(f"/proc/{pid}/cmdline").split("\0")
+        guest = next((w[6:].partition(",")[0] for w in words if w.startswith("guest=")), "")
+        comm = self.host.get(f"/proc/{pid}/comm", "?")
+        return f"{comm} (pid {pid}, domain {guest!r})" if guest else f"{comm} (pid {pid})"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,392 @@
+"""Who uses a device: every sign the host has of it, and none that deceives."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from virt_usher.host import users
+from virt_usher.testing.pci import PciHost
+
+A, B = "0000:01:00.0", "0000:02:00.0"
+NVME, NIC, VGA, SOUND, USB = "010802", "020000", "030000", "040300", "0c0330"
+ROUTES = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n"
+
+
+def make(root: Path, driver: str = "a-driver", kind: str = NVME) -> PciHost:
+    return PciHost(root).device(A, "1234:5678", driver, kind=kind, under="0000:00:01.0")
+
+
+def found(host: PciHost, *addresses: str) -> list[tuple[str, str]]:
+    return [(u.problem, u.what) for u in users.find(host, addresses or [A])]
+
+
+def disk(host: PciHost, name: str = "nvme0n1", number: str = "259:0") -> PciHost:
+    """A disk with one partition; /dev/sdb1 of somewhere else is mounted too."""
+    host.hangs_on(A, "block", name, f"nvme/nvme0/{name}", dev=number)
+    host.hangs_on(A, "block", f"{name}p1", f"nvme/nvme0/{name}/{name}p1", dev="259:1")
+    mounts(host, "8:17 / /srv - ext4 /dev/sdb1")
+    return host
+
+
+def mounts(host: PciHost, *lines: str) -> None:
+    """Write mountinfo lines: NUMBER ROOT PLACE - KIND SOURCE."""
+    text = ""
+    for i, line in enumerate(lines):
+        number, root, place, _, kind, source = line.split(" ")
+        text += f"{i + 20} 1 {number} {root} {place} rw,noatime shared:1 - {kind} {source} rw\n"
+    host.file("/proc/1/mountinfo", text)
+
+
+def stack(host: PciHost, above: str, below: str, number: str, **files: str) -> None:
+    """Put a dm or md device on a disk."""
+    host.file(f"/sys/class/block/{below}/holders/{above}/uevent")
+    for file, text in {"dev": number, **files}.items():
+        host.file(f"/sys/devices/virtual/block/{above}/{file.replace('__', '/')}", text)
+    host.link_to(f"/sys/class/block/{above}", f"../../devices/virtual/block/{above}")
+
+
+# -- disks
+
+
+def on_disk(host: PciHost) -> None:
+    mounts(disk(host), "8:17 / / - ext4 /dev/sdb1", "259:0 / /mnt - xfs /dev/nvme0n1")
+
+
+def on_partition(host: PciHost) -> None:
+    mounts(disk(host), "259:1 / /boot - ext4 /dev/nvme0n1p1", "259:1 / /mnt/b\\040c - ext4 /dev/nvme0n1p1")
+
+
+def on_lvm(host: PciHost) -> None:
+    stack(disk(host), "dm-0", "nvme0n1p1", "254:0", dm__name="vg-root")
+    mounts(host, "254:0 / / - ext4 /dev/mapper/vg-root")
+
+
+def on_luks_on_raid(host: PciHost) -> None:
+    stack(disk(host), "md0", "nvme0n1", "9:0")
+    stack(host, "dm-3", "md0", "254:3", dm__name="secret")
+    mounts(host, "254:3 / /home - ext4 /dev/mapper/secret")
+
+
+def on_btrfs(host: PciHost) -> None:
+    """Its number is not the disk's; the source is."""
+    mounts(disk(host), "0:31 /@ / - btrfs /dev/nvme0n1p1")
+
+
+def on_second_disk_of_btrfs(host: PciHost) -> None:
+    mounts(disk(host), "0:31 /@ /data - btrfs /dev/sdb1")
+    host.file("/sys/fs/btrfs/8f2c/devices/nvme0n1p1/uevent").file("/sys/fs/btrfs/features/raid56")
+
+
+def on_zfs(host: PciHost) -> None:
+    disk(host).file("/run/udev/data/b259:1", "E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL=tank")
+    mounts(host, "0:40 / /tank - zfs tank/home")
+
+
+def on_zfs_without_mounts(host: PciHost) -> None:
+    disk(host).file("/run/udev/data/b259:1", "E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL=tank")
+    host.file("/proc/spl/kstat/zfs/tank/state", "ONLINE")
+
+
+def on_swap(host: PciHost) -> None:
+    disk(host).file("/proc/swaps", "Filename\tType\tSize\n/dev/sda2 partition 1\n/dev/nvme0n1p1 partition 1")
+
+
+def on_multipath(host: PciHost) -> None:
+    """The controller has only a hidden path; the disk hangs on the subsystem."""
+    host.hangs_on(A, "block", "nvme0c0n1", "nvme/nvme0/nvme0c0n1")
+    host.hangs_on(A, "nvme", "nvme0")
+    host.link_to(
+        "/sys/class/nvme-subsystem/nvme-subsys0/nvme0",
+        "../../../pci0000:00/0000:00:01.0/0000:01:00.0/nvme/nvme0",
+    )
+    host.file("/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1/dev", "259:7")
+    host.link_to("/sys/class/block/nvme0n1", "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1")
+    mounts(host, "259:7 / / - ext4 /dev/nvme0n1")
+
+
+DISKS: dict[Callable[[PciHost], None], str] = {
+    on_disk: "carries what is mounted on /mnt",
+    on_partition: r"carries what is mounted on /boot, /mnt/b\040c",
+    on_lvm: "carries what is mounted on /",
+    on_luks_on_raid: "carries what is mounted on /home",
+    on_btrfs: "carries what is mounted on /",
+    on_second_disk_of_btrfs: "carries what is mounted on a btrfs of several disks (8f2c)",
+    on_zfs: "carries what is mounted on /tank",
+    on_zfs_without_mounts: "carries what is mounted on the ZFS pool tank",
+    on_swap: "carries the swap space /dev/nvme0n1p1",
+    on_multipath: "carries what is mounted on /",
+}
+
+
+@pytest.mark.parametrize("case", DISKS, ids=lambda f: str(f.__name__))
+def test_data_is_never_to_be_waived(tmp_path: Path, case: Callable[[PciHost], None]) -> None:
+    host = make(tmp_path)
+    case(host)
+    assert found(host) == [(users.DATA, DISKS[case])]
+
+
+def test_a_disk_that_nobody_uses(tmp_path: Path) -> None:
+    assert not found(disk(make(tmp_path)))
+
+
+def test_a_stack_without_mounts(tmp_path: Path) -> None:
+    host = disk(make(tmp_path))
+    stack(host, "md0", "nvme0n1p1", "9:0")
+    assert found(host) == [(users.USE, "carries md0")]
+
+
+def test_a_disk_that_a_program_has_open(tmp_path: Path) -> None:
+    host = disk(make(tmp_path))
+    host.runs("qemu-system-x86", "/dev/nvme0n1", guest="old")
+    (problem, what), *_ = found(host)
+    assert problem == users.USE
+    assert what.startswith("is in use (/dev/nvme0n1) by qemu-system-x86 (pid ")
+    assert "domain 'old'" in what
+
+
+def test_the_hint_for_what_the_host_needs(tmp_path: Path) -> None:
+    on_lvm(host := make(tmp_path))
+    assert users.find(host, [A])[0].hint == "the host needs it: give the domain another device"
+
+
+# -- network
+
+
+def card(host: PciHost, flags: str = "0x1003", **files: str) -> PciHost:
+    return host.hangs_on(A, "net", "eth0", flags=flags, **files)
+
+
+def test_a_card_that_is_up_without_an_address(tmp_path: Path) -> None:
+    host = card(make(tmp_path, kind=NIC))
+    host.file("/proc/net/if_inet6", "fe80000000000000525400fffe000000 02 40 20 80 eth0")
+    assert not found(host)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("/proc/net/route", f"{ROUTES}eth0\t0002A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF"),
+        ("/proc/net/if_inet6", "20010db8000000000000000000000001 02 40 00 80 eth0"),
+    ],
+)
+@pytest.mark.parametrize("up", [True, False])
+def test_an_address(tmp_path: Path, file: str, text: str, up: bool) -> None:
+    host = card(make(tmp_path, kind=NIC), "0x1003" if up else "0x1002").file(file, text)
+    assert found(host) == ([(users.USE, "is eth0, which is up with an address")] if up else [])
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("/proc/net/route", f"{ROUTES}eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000"),
+        ("/proc/net/ipv6_route", f"{'0' * 32} 00 {'0' * 32} 00 {'f' * 32} 400 1 0 00000003 eth0"),
+    ],
+)
+def test_the_default_route(tmp_path: Path, file: str, text: str) -> None:
+    host = card(make(tmp_path, kind=NIC)).file(file, text)
+    assert found(host) == [(users.USE, "is eth0, the way of the default route")]
+
+
+def test_an_unreachable_route_is_no_way_out(tmp_path: Path) -> None:
+    host = card(make(tmp_path, kind=NIC))
+    host.file("/proc/net/ipv6_route", f"{'0' * 32} 00 {'0' * 32} 00 {'0' * 32} ffffffff 1 0 00200200 eth0")
+    assert not found(host)
+
+
+def test_the_default_route_through_a_bond_and_a_bridge(tmp_path: Path) -> None:
+    host = card(make(tmp_path, kind=NIC), upper_bond0="")
+    host.file("/sys/class/net/bond0/upper_br0")
+    host.file("/proc/net/route", f"{ROUTES}br0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000")
+    assert found(host) == [(users.USE, "is eth0, the way of the default route through bond0, br0")]
+
+
+def test_a_part_of_a_bridge(tmp_path: Path) -> None:
+    host = card(make(tmp_path, kind=NIC), "0x1002", upper_br0="")
+    assert found(host) == [(users.USE, "is eth0, a part of br0")]
+
+
+def test_another_namespace(tmp_path: Path) -> None:
+    host = make(tmp_path, kind=NIC)
+    os.mkdir(host.path(f"/sys/bus/pci/devices/{A}/net"))
+    assert found(host)[0][1].startswith("has its network interface in another namespace")
+
+
+# -- displays and sound
+
+
+def graphics(host: PciHost, status: str = "connected", enabled: str = "enabled") -> PciHost:
+    host.hangs_on(A, "drm", "card0", "drm/card0").hangs_on(A, "drm", "renderD128", "drm/renderD128")
+    return host.hangs_on(
+        A, "drm", "card0-HDMI-A-1", "drm/card0/card0-HDMI-A-1", status=status, enabled=enabled
+    )
+
+
+def console(host: PciHost) -> None:
+    host.file("/sys/class/vtconsole/vtcon0/name", "(S) dummy device").file(
+        "/sys/class/vtconsole/vtcon0/bind", "0"
+    )
+    host.file("/sys/class/vtconsole/vtcon1/name", "(M) frame buffer device")
+    host.file("/sys/class/vtconsole/vtcon1/bind", "1")
+
+
+def test_a_graphics_card_that_shows_nothing(tmp_path: Path) -> None:
+    assert not found(graphics(make(tmp_path, kind=VGA), enabled="disabled"))
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    assert found(graphics(make(tmp_path, kind=VGA))) == [(users.DISPLAY, "shows a picture on HDMI-A-1")]
+
+
+def test_the_boot_display_with_the_console(tmp_path: Path) -> None:
+    host = make(tmp_path, kind=VGA).hangs_on(A, "graphics", "fb0", name="amdgpudrmfb")
+    host.file(f"/sys/bus/pci/devices/{A}/boot_vga", "1")
+    console(host)
+    shown = "shows the firmware's display (boot_vga), the text console (fb0)"
+    assert found(host) == [(users.DISPLAY, shown)]
+
+
+def test_a_driverless_card_with_the_firmwares_console(tmp_path: Path) -> None:
+    host = make(tmp_path, "", VGA).file("/sys/class/graphics/fb0/name", "EFI VGA")
+    host.file(f"/sys/bus/pci/devices/{A}/boot_vga", "1")
+    assert not found(host)
+    console(host)
+    assert found(host) == [(users.DISPLAY, "shows the text console (fb0, EFI VGA)")]
+
+
+def test_programs_on_a_graphics_card(tmp_path: Path) -> None:
+    host = graphics(make(tmp_path, kind=VGA), enabled="disabled")
+    host.runs("bash", "/dev/tty1", "pipe:[1]")
+    pids = [
+        host.runs(name, "/dev/null", "/dev/dri/card0", "/dev/dri/renderD128")
+        for name in ("Xorg", "kwin", "firefox", "mpv")
+    ]
+    ((problem, what),) = found(host)
+    assert problem == users.USE
+    assert what.startswith(("is in use (/dev/dri/card0) by ", "is in use (/dev/dri/renderD128) by "))
+    assert what.endswith(f"Xorg (pid {pids[0]}), kwin (pid {pids[1]}), firefox (pid {pids[2]}) and 1 more")
+
+
+def test_the_unit_to_stop(tmp_path: Path) -> None:
+    host = graphics(make(tmp_path, kind=VGA), enabled="disabled")
+    host.runs("nvidia-persist", "/dev/dri/card0", cgroup="/system.slice/nvidia-persistenced.service")
+    assert users.find(host, [A])[0].hint == "systemctl stop nvidia-persistenced.service"
+
+
+def test_a_node_of_another_name_in_a_container(tmp_path: Path) -> None:
+    host = graphics(make(tmp_path, kind=VGA), enabled="disabled")
+    pid = host.runs("ffmpeg", "/dev/dri/renderD200", "/dev/dri/renderD201")
+    host.file(f"/proc/{pid}/fdinfo/0", "pos:\t0\ndrm-driver:\tamdgpu\ndrm-pdev:\t0000:09:00.0")
+    assert not found(host)
+    host.file(f"/proc/{pid}/fdinfo/1", f"pos:\t0\ndrm-driver:\tamdgpu\ndrm-pdev:\t{A}")
+    assert "ffmpeg" in found(host)[0][1]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nvidias_shared_nodes_count_for_a_single_card(tmp_path: Path, alone: bool) -> None:
+    host = make(tmp_path, "nvidia", VGA)
+    host.file(f"/proc/driver/nvidia/gpus/{A}/information", "Model:\t GT 710\nDevice Minor: \t 0")
+    if not alone:
+        host.file(f"/proc/driver/nvidia/gpus/{B}/information", "Device Minor: \t 1")
+    pid = host.runs("smi", "/dev/nvidiactl", "/dev/nvidia1")
+    assert bool(found(host)) is alone
+    host.link_to(f"/proc/{pid}/fd/7", "/dev/nvidia0")
+    assert found(host)
+
+
+def test_kfd_counts_for_a_single_card(tmp_path: Path) -> None:
+    host = make(tmp_path, "amdgpu", VGA)
+    host.runs("rocm", "/dev/kfd")
+    assert found(host)
+    host.device(B, "1234:5678", "amdgpu", kind=VGA)
+    assert not found(host)
+
+
+def test_sound(tmp_path: Path) -> None:
+    host = make(tmp_path, kind=SOUND).hangs_on(A, "sound", "card1", "sound/card1")
+    host.hangs_on(A, "sound", "controlC1", "sound/card1/controlC1")
+    host.runs("pipewire", "/dev/snd/controlC0", "/dev/snd/pcmC11D0p", "/dev/snd/seq")
+    assert not found(host)
+    host.runs("wireplumber", "/dev/snd/controlC1")
+    assert "is in use (/dev/snd/controlC1) by wireplumber" in found(host)[0][1]
+
+
+# -- keyboards, virtual functions, guests
+
+KEYS = "10000 7 ff9f207ac14057ff febeffdfffefffff fffffffffffffffe"
+
+
+def keyboard(host: PciHost, address: str, name: str, keys: str = KEYS) -> None:
+    host.hangs_on(address, "input", name, f"usb1/1-2/{name}", name=f"Keyboard {name}")
+    host.file(f"/sys/class/input/{name}/capabilities/key", keys)
+
+
+def test_the_last_keyboard(tmp_path: Path) -> None:
+    host = make(tmp_path, kind=USB).device(B, "1234:5678", "xhci", kind=USB)
+    keyboard(host, A, "input5")
+    keyboard(host, B, "input6", "3 0 0 0")  # a power button
+    last = (users.USE, "has the host's last keyboard (Keyboard input5)")
+    assert found(host) == [last]
+    keyboard(host, B, "input7")
+    assert not found(host)
+    assert found(host, A, B) == [last, (users.USE, "has the host's last keyboard (Keyboard input7)")]
+
+
+def test_virtual_functions(tmp_path: Path) -> None:
+    host = PciHost(tmp_path).device(A, "1234:5678", "nvme", vfs=2)
+    assert found(host) == [(users.VFS, "has 2 virtual functions")]
+
+
+@pytest.mark.parametrize("node", ["/dev/vfio/1", "/dev/vfio/devices/vfio0"])
+def test_a_device_of_a_running_guest(tmp_path: Path, node: str) -> None:
+    host = make(tmp_path, "vfio-pci", NIC)
+    assert not found(host)
+    pid = host.runs("qemu-system-x86", "/dev/vfio/vfio", node, guest="win10")
+    what = f"is in use by qemu-system-x86 (pid {pid}, domain 'win10'), with its IOMMU group"
+    assert found(host) == [(users.GUEST, what)]
+    assert users.find(host, [A], but=pid) == []
+
+
+def test_a_group_partner_of_a_running_guest(tmp_path: Path) -> None:
+    host = make(tmp_path, "vfio-pci", NIC).device("0000:01:00.1", "1234:5678", kind=SOUND)
+    host.runs("qemu-system-x86", "/dev/vfio/1", guest="win10")
+    assert found(host, "0000:01:00.1")[0][0] == users.GUEST
+
+
+@pytest.mark.parametrize("driver", ["vfio-pci", "pci-stub"])
+def test_a_device_that_the_host_gave_away(tmp_path: Path, driver: str) -> None:
+    host = make(tmp_path, driver)
+    on_disk(host)
+    assert not found(host)
+
+
+def test_no_walk_without_a_need_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = card(make(tmp_path, kind=NIC))
+    host.device(B, "1234:5678", "x", kind=VGA).device("0000:03:00.0", "1234:5678", "x", kind=VGA)
+    walks: list[str] = []
+    listing = host.entries
+
+    def entries(path: str) -> list[str]:
+        walks.append(path)
+        return listing(path)
+
+    monkeypatch.setattr(host, "entries", entries)
+    users.find(host, [A, B])
+    assert walks.count("/proc") == 0
+    host.hangs_on(B, "drm", "card0").hangs_on("0000:03:00.0", "drm", "card1")
+    users.find(host, [A, B, "0000:03:00.0"])
+    assert walks.count("/proc") == 1
+
+
+def test_a_hundred_thousand_open_files(tmp_path: Path) -> None:
+    """One second is the limit; the tenth of it here, since the machine may be busy."""
+    host = graphics(make(tmp_path, kind=VGA), enabled="disabled")
+    for _ in range(10):
+        host.runs("many", *(["/dev/null"] * 1000))
+    began = time.process_time()
+    assert not found(host)
+    assert time.process_time() - began < 0.1
