@@ -1,0 +1,253 @@
+"""The parts of a host that can be kept off CPUs: each a set of named masks, read and written here.
+
+Which mask shall become what is decided in `isolate`. All values are sets of CPUs that may be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+
+from virt_usher import children, cpulist
+from virt_usher.errors import UsherError
+from virt_usher.host import RUN_DIR, cgroup, irq, irqbalance
+
+TYPE_CHECKING = False  # importing typing would cost release more than all its work
+if TYPE_CHECKING:
+    from typing import Any
+
+    from virt_usher.host import Host, LiveHost
+
+    Cpus = frozenset[int]
+    Originals = dict[str, list[Any]]
+
+SYSTEMCTL = "/usr/bin/systemctl"
+ARRIVAL = 15.0  # seconds from systemd's answer to the kernel's: it has more to do when many units start
+
+
+def every_cpu(host: Host) -> Cpus:
+    """Return all CPUs that this machine can ever have: a mask with all of them confines nothing."""
+    return cpulist.parse(host.get("/sys/devices/system/cpu/possible", "0"))
+
+
+class Masks:
+    """The masks of unbound kernel work and of writeback; a name is a path."""
+
+    model = ""  # the mask that new ones begin with
+    lags = False  # whether a mask may not show yet what was written
+
+    @classmethod
+    def there(cls, host: Host) -> bool:
+        """Whether the host has this part, and it can be changed."""
+        return bool(cls.paths(host))
+
+    @classmethod
+    def paths(cls, host: Host) -> list[str]:
+        return irq.masks(host)
+
+    @classmethod
+    def look(cls, host: Host) -> dict[str, Cpus]:
+        """Return name -> CPUs of now; nothing where the host has no such part."""
+        found = {}
+        for path in cls.paths(host):
+            with contextlib.suppress(OSError):  # an interrupt that was freed since it was listed
+                found[path] = irq.read(host, path)
+        return found
+
+    @classmethod
+    def settle(cls, host: LiveHost, deadline: float) -> None:
+        """Wait for what a killed hook may have left under way."""
+
+    @classmethod
+    def originals(cls, host: LiveHost, now: dict[str, Cpus], deadline: float) -> Originals:
+        """Return what the undo needs of masks that are met for the first time."""
+        return {name: [cpulist.show(cpus)] for name, cpus in now.items()}
+
+    @classmethod
+    def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
+        """Set masks; return those that stay as they were, with the reason."""
+        for path, cpus in moves.items():
+            host.write(path, irq.spell(path, cpus))
+        return {}
+
+    @classmethod
+    def tidy(cls, host: LiveHost, was: Originals) -> None:
+        """Remove what else we left, after the last domain."""
+
+    @classmethod
+    def short(cls, name: str) -> str:
+        """Return what people call a mask."""
+        return name.removeprefix(f"{irq.WORKQUEUES}/")
+
+
+class Irqs(Masks):
+    """Each interrupt's affinity, and that of interrupts to come."""
+
+    model = irq.DEFAULT
+
+    @classmethod
+    def paths(cls, host: Host) -> list[str]:
+        return irq.affinities(host)
+
+    @classmethod
+    def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
+        stays = {}
+        for path, cpus in moves.items():
+            try:
+                host.write(path, irq.spell(path, cpus))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if path == irq.DEFAULT:
+                    raise
+                # Managed by its driver (EPERM, before 6.3 EIO), a timer, or no vector left there (ENOSPC).
+                stays[path] = str(error.strerror)
+        return stays
+
+    @classmethod
+    def short(cls, name: str) -> str:
+        return "default" if name == irq.DEFAULT else name.split("/")[3]
+
+
+class Irqbalance(Masks):
+    """What irqbalance may use, which otherwise moves interrupts back every ten seconds."""
+
+    lags = True
+
+    @classmethod
+    def there(cls, host: Host) -> bool:
+        return irqbalance.runs(host)
+
+    @classmethod
+    def look(cls, host: Host) -> dict[str, Cpus]:
+        banned = irqbalance.banned(host)
+        return {} if banned is None else {"irqbalance": every_cpu(host) - banned}
+
+    @classmethod
+    def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
+        for name, cpus in moves.items():
+            # Back to its settings, not to the list of then: that may be of a domain that had just stopped.
+            back = cpulist.show(cpus) == was[name][0]
+            irqbalance.ban(host, None if back else every_cpu(host) - cpus)
+        return {}
+
+
+class Units(Masks):
+    """The host's top-level units, by way of systemd's AllowedCPUs=; a name is a unit.
+
+    An original is [the property, whether there was a runtime drop-in for it].
+    """
+
+    @classmethod
+    def there(cls, host: Host) -> bool:
+        return not cgroup.unsupported(host)
+
+    @classmethod
+    def look(cls, host: Host) -> dict[str, Cpus]:
+        every = every_cpu(host)
+        allowed = {unit: cgroup.allowed(host, unit) for unit in cgroup.units(host)}
+        return {unit: cpus if cpus and not cpus >= every else every for unit, cpus in allowed.items()}
+
+    @classmethod
+    def settle(cls, host: LiveHost, deadline: float) -> None:
+        os.close(_guard(host, deadline))
+
+    @classmethod
+    def originals(cls, host: LiveHost, now: dict[str, Cpus], deadline: float) -> Originals:
+        if not now:
+            return {}
+        found = {}
+        shown = _systemctl(host, ["show", "-p", "Id", "-p", "AllowedCPUs", "--", *now], deadline)
+        for block in shown.split("\n\n"):
+            told = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            unit, cpus = told.get("Id", ""), told.get("AllowedCPUs", "").replace(" ", ",")
+            found[unit] = [cpus, any(map(host.exists, cgroup.drop_ins(unit)))]
+        if missing := now.keys() - found.keys():
+            raise UsherError(f"systemd does not know {', '.join(missing)}")
+        return found
+
+    @classmethod
+    def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
+        for unit, cpus in moves.items():
+            back = cpus == (cpulist.parse(was[unit][0]) or every_cpu(host))
+            text = was[unit][0] if back else cpulist.show(cpus)
+            _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
+        for unit, cpus in moves.items():
+            _arrive(host, unit, cpus, deadline)
+        return {}
+
+    @classmethod
+    def tidy(cls, host: LiveHost, was: Originals) -> None:
+        now, every = cls.look(host), every_cpu(host)
+        for unit, (cpus, had_one) in was.items():
+            if not had_one and now.get(unit, every) == (cpulist.parse(cpus) or every):
+                for path in map(host.path, cgroup.drop_ins(unit)):
+                    # systemd's own idea of it is what it was, and forgets the file at its next reload.
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                        os.rmdir(os.path.dirname(path))
+
+    @classmethod
+    def short(cls, name: str) -> str:
+        return name
+
+
+def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
+    """Wait until the kernel has what systemd was told: it answers first, and writes later.
+
+    A cpuset with processes cannot be emptied (ENOSPC, validate_change() in the kernel), so of an empty
+    AllowedCPUs= systemd can only tell its log, unless no other unit needs the controller and it is
+    switched off. The full list has the same effect, and is written past systemd, which has no wish of its
+    own by then.
+    """
+    base, every, pause = f"{cgroup.CGROUP}/{unit}", every_cpu(host), 0.002
+    deadline = min(deadline, time.monotonic() + ARRIVAL)
+    while host.exists(base):
+        if cpus == every and cgroup.allowed(host, unit) not in (every, frozenset()):
+            # ENOENT or ENODEV: it was switched off just now. Anything else shows below.
+            with contextlib.suppress(OSError):
+                host.write(f"{base}/cpuset.cpus", cpulist.show(every))
+        has, wanted = cgroup.effective(host, unit), cpus & cgroup.effective(host)
+        if has == wanted:
+            return
+        if time.monotonic() > deadline:
+            raise UsherError(
+                f"{unit} may run on CPUs {cpulist.show(has)}, though systemd was told {cpulist.show(wanted)}",
+                f"systemctl status {unit}",
+            )
+        time.sleep(pause)
+        pause = min(pause * 2, 0.2)
+
+
+def _guard(host: LiveHost, deadline: float) -> int:
+    """Return a descriptor with a lock that a systemctl inherits: it is free again when that has ended.
+
+    A hook that was killed may have left one running, whose word would come last.
+    """
+    guard = os.open(host.path(RUN_DIR), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    while True:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return guard
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(guard)
+                raise UsherError("a systemctl that an earlier hook started still runs") from None
+            time.sleep(0.01)
+
+
+def _systemctl(host: LiveHost, arguments: list[str], deadline: float) -> str:
+    guard = _guard(host, deadline)
+    try:
+        os.set_inheritable(guard, True)
+        status, output = children.run(host, [SYSTEMCTL, *arguments], deadline)
+    finally:
+        os.close(guard)
+    if status:
+        raise UsherError(f"systemctl {' '.join(arguments)}: {output or f'exit status {status}'}")
+    return output
+
+
+PARTS: dict[str, type[Masks]] = {"units": Units, "irqs": Irqs, "irqbalance": Irqbalance, "workqueues": Masks}

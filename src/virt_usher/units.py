@@ -1,0 +1,111 @@
+"""The effect kind 'unit': a systemd unit started or stopped while domains run.
+
+Any claim will do: the first remembers the unit's state, the last one puts it back. Whether a unit is
+enabled at boot is never touched.
+"""
+
+from __future__ import annotations
+
+import time
+
+from virt_usher import children
+from virt_usher.effects import KINDS, Kind
+from virt_usher.errors import UsherError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from virt_usher.host import Host, LiveHost
+    from virt_usher.journal import Step
+
+SYSTEMCTL = "/usr/bin/systemctl"
+ACTIVE, INACTIVE = "active", "inactive"
+BACK = 5.0  # seconds that a release waits for a unit
+
+
+class Unit(Kind):
+    """A unit that is to be active or inactive."""
+
+    @staticmethod
+    def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
+        for other in others:
+            if other.data["want"] != fields["want"]:
+                raise UsherError(
+                    f"{fields['unit']} is kept {other.data['want']} for the domain {other.domain!r}"
+                )
+        return {"old": others[0].data["old"] if others else state(host, fields["unit"])}
+
+    @staticmethod
+    def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
+        if stopping(host):
+            return {"skipped": "the system is stopping"}
+        _bring(host, step.data["unit"], step.data["want"], deadline)
+        return {}
+
+    @staticmethod
+    def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
+        unit, old = step.data["unit"], step.data["old"]
+        if others or old not in (ACTIVE, INACTIVE) or stopping(host):
+            return ""
+        now = state(host, unit)
+        if now == old:
+            return ""
+        if now != step.data["want"] and step.done:
+            return f"{unit} is {now} and not as we left it: left alone"
+        # A unit that was restarted often has used up its start limit (systemd.unit, StartLimitBurst=).
+        _systemctl(host, ["reset-failed", unit], time.monotonic() + BACK)
+        _bring(host, unit, old, time.monotonic() + BACK)
+        return ""
+
+
+def state(host: Host, unit: str) -> str:
+    """Return a unit's ActiveState: active, inactive, failed, activating, …; UsherError if there is none."""
+    show = ["show", "--property=LoadState", "--property=ActiveState", "--", unit]
+    lines = dict(
+        x.split("=", 1) for x in _systemctl(host, show, time.monotonic() + BACK).splitlines() if "=" in x
+    )
+    if lines.get("LoadState") == "not-found":
+        raise UsherError(f"there is no unit {unit}", "systemctl list-unit-files shows them")
+    return lines.get("ActiveState", "unknown")
+
+
+def stopping(host: Host) -> bool:
+    """Whether the system goes down: a job that we queued now could hold it up, or be refused."""
+    return _systemctl(host, ["is-system-running"], time.monotonic() + BACK) == "stopping"
+
+
+def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> None:
+    """Queue the job and wait for it, boundedly.
+
+    --no-block, because a job that is ordered after libvirt waits for libvirt, which waits for us
+    (a start at boot, before the daemon is ready).
+    """
+    verb = "start" if want == ACTIVE else "stop"
+    if state(host, unit) == want:
+        return
+    _systemctl(host, ["--no-block", verb, "--", unit], deadline)
+    pause = 0.02
+    while (now := state(host, unit)) != want and time.monotonic() + pause < deadline:
+        if now == "failed" and want == INACTIVE:
+            return
+        if now == "failed":
+            raise UsherError(f"{unit} failed to {verb}", f"systemctl status {unit}")
+        time.sleep(pause)
+        pause = min(pause * 2, 0.5)
+    if now != want:
+        raise UsherError(f"{unit} is {now}, not {want}, in time", f"systemctl status {unit}")
+
+
+def _systemctl(host: Host, arguments: list[str], deadline: float) -> str:
+    try:
+        status, output = children.run(host, [SYSTEMCTL, *arguments], deadline)
+    except OSError as error:
+        raise UsherError(f"{SYSTEMCTL} cannot be run: {error.strerror}") from None
+    # is-system-running exits non-zero for all but 'running', reset-failed where nothing had failed
+    if status and arguments[0] not in ("is-system-running", "reset-failed"):
+        raise UsherError(f"systemctl {' '.join(arguments)}: {output or f'exit status {status}'}")
+    return output
+
+
+KINDS["unit"] = Unit

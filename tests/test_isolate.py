@@ -1,0 +1,335 @@
+"""However domains that isolate CPUs come and go, the host has the rest of them, and in the end all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import virt_usher
+from virt_usher import cpulist
+from virt_usher.host import cgroup, irq
+from virt_usher.isolate import drift
+from virt_usher.masks import PARTS
+from virt_usher.testing import domain_xml, run_hook, start_hook
+from virt_usher.testing.cgroup import CpuHost
+from virt_usher.testing.conformance import differences
+
+UNITS = ("init.scope", "system.slice", "user.slice", "custom.slice")
+ALL = frozenset(range(8))
+ADMINS = {"custom.slice": frozenset({0, 1, 2, 3})}  # an AllowedCPUs= of the admin's own
+IRQS = {1: ALL, 2: frozenset({2}), 3: frozenset({0, 1, 2, 3}), 4: frozenset({6, 7}), 9: ALL}
+MANAGED = {8: frozenset({2}), 7: ALL}
+NAMES = ("one", "two", "three")
+
+
+def build(root: str | Path, guests: bool = False) -> CpuHost:
+    """Four cores of two threads, systemd, interrupts of all kinds."""
+    host = CpuHost(root).cores([0, 4], [1, 5], [2, 6], [3, 7]).systemd(guests, custom="0-3").workqueues()
+    for managed, irqs in ((False, IRQS), (True, MANAGED)):
+        for number, cpus in irqs.items():
+            host.irq(number, cpulist.show(cpus), managed)
+    return host
+
+
+def isolate(host: CpuHost, name: str, cpus: frozenset[int] | str, **how: object) -> bytes:
+    """Configure a domain to isolate some CPUs, whoever else does."""
+    text = cpus if isinstance(cpus, str) else cpulist.show(cpus)
+    host.domain(name, f'[plugins.cpu_isolation]\ncpus = "{text}"\nwhole_cores = false\nshare = true\n')
+    return domain_xml(name)
+
+
+def start(host: CpuHost, name: str, cpus: frozenset[int] | str) -> None:
+    result = run_hook(host, name, "prepare", isolate(host, name, cpus))
+    assert result.status == 0, result.stderr
+
+
+def stop(host: CpuHost, name: str) -> None:
+    assert run_hook(host, name, "release").status == 0
+
+
+def affinity(host: CpuHost, number: int) -> frozenset[int]:
+    return cpulist.parse(host.read(f"/proc/irq/{number}/smp_affinity_list"))
+
+
+def remarks(host: CpuHost, name: str) -> str:
+    """Return what the last release of a domain said of things that were not ours any more."""
+    lines = Path(host.path(f"/var/lib/virt-usher/last/{name}.jnl")).read_text().splitlines()
+    return "; ".join(r["remark"] for r in map(json.loads, lines) if "remark" in r)
+
+
+def rule(host: CpuHost, isolated: frozenset[int]) -> None:
+    """Assert that everything is what it was less the isolated CPUs, or if that is nothing, all others."""
+    online = cpulist.parse(host.read("/sys/devices/system/cpu/online"))
+    for unit in UNITS:
+        expected = (ADMINS.get(unit, ALL) - isolated or ALL - isolated) & online
+        assert cgroup.effective(host, unit) == expected, unit
+    assert cgroup.effective(host, "machine.slice") == online
+    for number, was in IRQS.items():
+        assert affinity(host, number) == (was - isolated or ALL - isolated), number
+    assert {n: affinity(host, n) for n in MANAGED} == MANAGED
+    for path in (irq.DEFAULT, *irq.masks(host)):
+        assert irq.read(host, path) == ALL - isolated, path
+
+
+cpus_of_guests = st.sets(st.integers(1, 7), min_size=1, max_size=5).map(
+    lambda s: frozenset(s - {4}) or frozenset({1})
+)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("start"), st.sampled_from(NAMES), cpus_of_guests, st.just(0)),
+        st.tuples(st.just("stop"), st.sampled_from(NAMES), cpus_of_guests, st.just(0)),
+        st.tuples(st.just("start"), st.sampled_from(NAMES), cpus_of_guests, st.integers(1, 40)),
+        st.tuples(st.just("stop"), st.sampled_from(NAMES), cpus_of_guests, st.integers(1, 30)),
+        st.tuples(st.just("reload"), st.just(""), cpus_of_guests, st.just(0)),
+    ),
+    min_size=3,
+    max_size=9,
+)
+
+
+# No shrinking: each example takes a second, and is short.
+@pytest.mark.timeout(900)
+@settings(max_examples=40, phases=(Phase.explicit, Phase.generate))
+@given(steps, st.booleans(), st.sampled_from(["process", "family"]))
+def test_any_sequence_of_starts_stops_and_crashes(
+    sequence: list[tuple[str, str, frozenset[int], int]], guests: bool, kill: str
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        host = build(root, guests)
+        before, holding, crashed = host.snapshot(), dict[str, frozenset[int]](), set[str]()
+        for what, name, cpus, kill_at in sequence:
+            if what == "reload":
+                host.systemctl("daemon-reload")
+            elif what == "start" and name not in holding:
+                result = run_hook(
+                    host, name, "prepare", isolate(host, name, cpus), kill_at=kill_at, kill=kill
+                )
+                if result.killed:
+                    crashed.add(name)
+                else:
+                    assert result.status == 0, result.stderr
+                    crashed.discard(name)
+                    holding[name] = cpus
+            elif what == "stop":
+                result = run_hook(host, name, "release", kill_at=kill_at, kill=kill)
+                holding.pop(name, None)
+                (crashed.add if result.killed else crashed.discard)(name)
+            if not crashed:
+                rule(host, frozenset().union(*holding.values()))
+        for name in {*holding, *crashed}:
+            stop(host, name)
+        rule(host, frozenset())
+        for unit in UNITS:
+            assert host.property(unit) == cpulist.show(ADMINS.get(unit, ()))
+            assert not any(host.exists(d) for d in cgroup.drop_ins(unit))
+        changed = differences(before, host.snapshot()).splitlines()
+        # As long as custom.slice needs the controller there is no way back from a list in a cpuset with
+        # processes: it is that of all CPUs instead, which the rule has seen.
+        left = [x for x in changed if "/cpuset.cpus:" not in x and "/etc/virt-usher" not in x]
+        assert not left
+
+
+def test_the_first_records_and_the_last_restores(new_cpu_host: Callable[[], CpuHost]) -> None:
+    host = new_cpu_host()
+    for names in (("one", "two", "three"), ("three", "two", "one"), ("two", "three", "one")):
+        for name, cpus in zip(NAMES, ("1", "2,6", "3,7"), strict=True):
+            start(host, name, cpus)
+        rule(host, frozenset({1, 2, 3, 6, 7}))
+        for name in names:
+            stop(host, name)
+        rule(host, frozenset())
+
+
+@pytest.fixture
+def new_cpu_host(tmp_path: Path) -> Callable[[], CpuHost]:
+    return lambda: build(tmp_path / "host")
+
+
+@pytest.fixture
+def pc8(tmp_path: Path) -> CpuHost:
+    """The host of `build`, in one fixture."""
+    return build(tmp_path / "host")
+
+
+def test_one_call_of_systemd_for_each_unit_that_changes(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    assert len(pc8.systemctl_calls("set-property")) == len(UNITS)
+    assert len(pc8.systemctl_calls("show")) == 1
+    start(pc8, "two", "2,6")  # nothing changes
+    stop(pc8, "one")
+    assert len(pc8.systemctl_calls("set-property")) == len(UNITS)
+    assert len(pc8.systemctl_calls("show")) == 1
+    stop(pc8, "two")
+    assert len(pc8.systemctl_calls("set-property")) == 2 * len(UNITS)
+
+
+def test_interrupts_that_appear_meanwhile_get_the_default_they_missed(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    pc8.irq(20, pc8.read(irq.DEFAULT) and "0-1,3-5,7")  # as request_irq() does: from the default
+    pc8.irq(21, "1")  # its driver says where
+    start(pc8, "two", "1")
+    assert affinity(pc8, 20) == ALL - {1, 2, 6}
+    assert affinity(pc8, 21) == ALL - {1, 2, 6}
+    stop(pc8, "two")
+    assert affinity(pc8, 20) == ALL - {2, 6}
+    assert affinity(pc8, 21) == {1}
+    stop(pc8, "one")
+    assert affinity(pc8, 20) == ALL
+    assert affinity(pc8, 21) == {1}
+
+
+def test_what_a_later_domain_met_is_handed_on_when_it_leaves_first(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    pc8.irq(21, "2-3")
+    pc8.unit("late.slice")
+    start(pc8, "two", "3")
+    assert cgroup.effective(pc8, "late.slice") == ALL - {2, 3, 6}
+    stop(pc8, "two")
+    assert affinity(pc8, 21) == {3}
+    assert cgroup.effective(pc8, "late.slice") == ALL - {2, 6}
+    stop(pc8, "one")
+    assert affinity(pc8, 21) == {2, 3}
+    assert cgroup.effective(pc8, "late.slice") == ALL
+
+
+def test_interrupts_that_vanish_are_no_trouble(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    Path(pc8.path("/proc/irq/2/smp_affinity_list")).unlink()
+    Path(pc8.path("/proc/irq/2")).rmdir()
+    stop(pc8, "one")
+    assert affinity(pc8, 1) == ALL
+
+
+def test_managed_interrupts_are_listed_and_refuse_nothing(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    journal = [json.loads(line) for line in pc8.journal("one").splitlines()]
+    stays = [set(r["stays"]) for r in journal if "stays" in r]
+    assert stays == [{f"/proc/irq/{n}/smp_affinity_list" for n in MANAGED}]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_an_interrupt_that_somebody_else_moved_stays_there_and_is_reported(pc8: CpuHost, number: int) -> None:
+    start(pc8, "one", "2,6")
+    pc8.write(f"/proc/irq/{number}/smp_affinity_list", "5")
+    stop(pc8, "one")
+    assert affinity(pc8, number) == {5}
+    assert f"left alone: {number} (5)" in remarks(pc8, "one")
+
+
+def test_a_unit_that_the_admin_confined_meanwhile_stays_so_and_is_reported(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    pc8.systemctl("--runtime", "set-property", "--", "system.slice", "AllowedCPUs=0,4")
+    stop(pc8, "one")
+    assert pc8.property("system.slice") == "0,4"
+    assert pc8.exists(cgroup.drop_ins("system.slice")[0])
+    assert cgroup.effective(pc8, "user.slice") == ALL
+    assert "system.slice (0,4)" in remarks(pc8, "one")
+
+
+def test_what_the_admin_set_between_two_starts_comes_back(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    pc8.systemctl("--runtime", "set-property", "--", "system.slice", "AllowedCPUs=0,3-4")
+    pc8.write("/proc/irq/1/smp_affinity_list", "3,5")
+    start(pc8, "two", "3")
+    assert cgroup.effective(pc8, "system.slice") == {0, 4}
+    assert affinity(pc8, 1) == {5}
+    for name in ("two", "one"):
+        stop(pc8, name)
+    assert cgroup.effective(pc8, "system.slice") == {0, 3, 4}
+    assert pc8.property("system.slice") == "0,3-4"
+    assert affinity(pc8, 1) == {3, 5}
+
+
+def test_a_runtime_drop_in_of_the_admin_comes_back(pc8: CpuHost) -> None:
+    pc8.systemctl("--runtime", "set-property", "--", "user.slice", "AllowedCPUs=0-2,4")
+    before = Path(pc8.path(cgroup.drop_ins("user.slice")[0])).read_text()
+    start(pc8, "one", "2,6")
+    assert cgroup.effective(pc8, "user.slice") == {0, 1, 4}
+    stop(pc8, "one")
+    assert Path(pc8.path(cgroup.drop_ins("user.slice")[0])).read_text() == before
+
+
+def test_cpus_that_go_and_come_meanwhile(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    pc8.set_online(5, False)
+    start(pc8, "two", "3")
+    stop(pc8, "one")
+    rule(pc8, frozenset({3}))
+    pc8.set_online(5, True)
+    stop(pc8, "two")
+    rule(pc8, frozenset())
+
+
+def test_user_slice_is_confined_before_anybody_logs_in(pc8: CpuHost) -> None:
+    for file in ("cgroup.events", "cpuset.cpus", "cpuset.cpus.effective"):
+        Path(pc8.path(f"{cgroup.CGROUP}/user.slice/{file}")).unlink(missing_ok=True)
+    Path(pc8.path(f"{cgroup.CGROUP}/user.slice")).rmdir()
+    start(pc8, "one", "2,6")
+    pc8.unit("user.slice").systemctl("daemon-reload")
+    assert cgroup.effective(pc8, "user.slice") == ALL - {2, 6}
+    stop(pc8, "one")
+    assert cgroup.effective(pc8, "user.slice") == ALL
+
+
+def test_a_systemctl_that_outlives_its_hook_does_not_have_the_last_word(pc8: CpuHost) -> None:
+    xml = isolate(pc8, "one", "2,6")
+    pc8.file("/.kernel/units/.slow")
+    hook = start_hook(pc8, "one", "prepare", xml)
+    while not pc8.systemctl_calls("set-property"):
+        time.sleep(0.01)
+    os.kill(int(Path(f"/proc/{hook.pid}/task/{hook.pid}/children").read_text()), signal.SIGKILL)
+    assert hook.wait().status != 0
+    Path(pc8.path("/.kernel/units/.slow")).unlink()
+    stop(pc8, "one")
+    time.sleep(1.5)
+    rule(pc8, frozenset())
+
+
+def test_systemd_that_fails_refuses_the_start_with_all_as_it_was(pc8: CpuHost) -> None:
+    xml, before = isolate(pc8, "one", "2,6"), pc8.snapshot()
+    pc8.file("/.kernel/units/.refuses")
+    result = run_hook(pc8, "one", "prepare", xml)
+    assert "Failed to set unit properties" in result.stderr
+    assert result.status != 0
+    Path(pc8.path("/.kernel/units/.refuses")).unlink()
+    stop(pc8, "one")
+    assert not differences(before, pc8.snapshot())
+
+
+def test_what_the_kernel_does_not_grant_refuses_the_start(pc8: CpuHost) -> None:
+    pc8.config("[deadlines]\nstart = 2\n").file("/.kernel/units/.ignores")
+    result = run_hook(pc8, "one", "prepare", isolate(pc8, "one", "2,6"))
+    assert "custom.slice may run on CPUs 0-3, though systemd was told 0-1,3" in result.stderr
+    assert result.status != 0
+
+
+def test_drift_is_what_others_put_on_isolated_cpus(pc8: CpuHost) -> None:
+    start(pc8, "one", "2,6")
+    assert not [part for part in PARTS if drift(pc8, part)]
+    pc8.write("/proc/irq/1/smp_affinity_list", "3")  # as irqbalance does
+    pc8.write("/proc/irq/9/smp_affinity_list", "2-3")
+    pc8.write(f"{irq.WORKQUEUES}/cpumask", "3")
+    pc8.systemctl("--runtime", "set-property", "--", "system.slice", "AllowedCPUs=0")
+    assert drift(pc8, "irqs") == ["9"]
+    assert drift(pc8, "workqueues") == ["cpumask"]
+    assert drift(pc8, "units") == ["system.slice"]
+
+
+def test_giving_back_needs_no_heavy_module() -> None:
+    """One worker of libvirt shuts all guests down: a module that costs more than the work is not imported."""
+    heavy = ("typing", "dataclasses", "subprocess", "socket", "pathlib")
+    code = f"import sys, virt_usher.isolate; print([m for m in {heavy} if m in sys.modules])"
+    source = {"PYTHONPATH": str(Path(virt_usher.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=source, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
