@@ -1,0 +1,133 @@
+"""Take PCI devices from the host's drivers while the domain runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from virt_usher import BindDriver, Domain, Host, Plan, Problem, hookimpl, option, rebind
+from virt_usher.host import users
+from virt_usher.host.pci import Device
+
+NO_DMA = ("pci-stub", "pcieport")  # they leave the group to vfio (driver_managed_dma), as vfio's own do
+WAIVABLE = (users.USE, users.DISPLAY)
+
+
+@dataclass(frozen=True, eq=False)
+class Plugin:
+    group: bool = option(False, help="take what else is in the devices' IOMMU groups too, bridges excepted")
+    driver: str = option("auto", help="driver for what libvirt does not manage; auto is the best vfio driver")
+    keep_awake: bool = option(False, help="keep the devices out of D3, where they do not come back from it")
+
+    @hookimpl
+    def usher_prepare(self, domain: Domain, host: Host) -> Iterator[BindDriver]:
+        pci, given = host.pci, {d.address: d for d in domain.pci_devices}
+        wanted = [pci.device(a) for a in given]
+        members = {m for d in wanted for m in pci.group(d.group)} - given.keys() if self.group else set()
+        rest = [d for d in map(pci.device, sorted(members)) if d.class_code[:2] != "06" and not d.on_vfio]
+        wanted = [d for d in (*wanted, *rest) if d.exists and not d.is_bridge]
+        using = users.find(host, [d.address for d in wanted], host.qemu(domain.name, domain.uuid))
+        for device in wanted:
+            asked = given.get(device.address)
+            managed = asked is not None and asked.managed
+            driver = asked.driver or "vfio-pci" if asked and managed else self._unmanaged(device, host)
+            seen = tuple(u for u in using if u.address == device.address)
+            yield BindDriver(device.address, driver, managed, self.keep_awake, seen)
+
+    def _unmanaged(self, device: Device, host: Host) -> str:
+        if self.driver != "auto":
+            return self.driver
+        return device.driver if device.on_vfio else best_driver(device, host)
+
+    @hookimpl
+    def usher_wants(self, domain: Domain) -> bool:
+        return bool(domain.networks)
+
+    @hookimpl
+    def usher_start(self) -> Iterator[BindDriver]:
+        # libvirt has bound what comes out of a network's pool by now; the check is to see it, though.
+        return iter(())
+
+    @hookimpl
+    def usher_check(self, domain: Domain, host: Host, plan: Plan) -> Iterator[Problem]:
+        binds = {a.address: a for a in plan.actions if isinstance(a, BindDriver)}
+        given = [host.pci.device(d.address) for d in domain.pci_devices]
+        yield from _absent_or_bridge(given, domain)
+        for address, bind in binds.items():
+            device = host.pci.device(address)
+            if holder := rebind.holder(host, bind.key, domain.name):
+                yield Problem(f"{address} is held by {holder}", "virt-usher status")
+            yield from _cannot_bind(device, bind.driver, host)
+            for user in bind.users:
+                yield _problem(domain, device, user.problem, user.what, user.hint)
+        yield from _groups(domain, [*given, *(host.pci.device(a) for a in binds)], set(binds))
+
+
+def _name(domain: Domain) -> str:
+    return "-- " * domain.name.startswith("-") + shlex.quote(domain.name)
+
+
+def _problem(domain: Domain, device: Device, problem: str, what: str, hint: str) -> Problem:
+    """Make a problem, with the waiver of it as the other way out where there is one."""
+    text = f"{device.address} ({device.id}) {what}"
+    if problem not in (*WAIVABLE, "group"):
+        return Problem(text, hint)
+    waive = f"virt-usher waive {_name(domain)} {device.address} {problem} 'REASON'"
+    return Problem(text, f"{hint}; or: {waive}", (device.address, device.id, problem))
+
+
+def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem]:
+    edit = f"virsh edit {_name(domain)}"
+    for device in devices:
+        if not device.exists:
+            yield Problem(f"{device.address} is not in this host", f"lspci -D shows what is; {edit}")
+        elif device.is_bridge:
+            yield Problem(f"{device.address} is a bridge, which no domain can have", edit)
+
+
+def _cannot_bind(device: Device, driver: str, host: Host) -> Iterator[Problem]:
+    if "vfio" in driver and not device.group:
+        hint = "switch it on in the firmware, and boot with intel_iommu=on; see: virt-usher doctor"
+        yield Problem(f"{device.address} has no IOMMU group: the IOMMU is off", hint)
+    if not driver.replace("-", "").replace("_", "").isalnum():  # it becomes a part of paths
+        yield Problem(f"{device.address}: {driver!r} cannot be the name of a driver")
+    elif not host.exists(f"/sys/bus/pci/drivers/{driver}"):
+        modules = f"/lib/modules/{host.get('/proc/sys/kernel/osrelease')}"
+        listed = "".join(host.get(f"{modules}/modules.{n}") for n in ("dep", "builtin")).replace("-", "_")
+        if f"/{driver.replace('-', '_')}.ko" not in listed:
+            yield Problem(
+                f"{device.address}: this kernel has no driver {driver!r}", "ls /sys/bus/pci/drivers"
+            )
+
+
+def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[Problem]:
+    """Name what keeps an IOMMU group from being handed over: drivers that use DMA for the host."""
+    for group, first in {d.group: d for d in reversed(devices) if d.exists and d.group}.items():
+        for other in map(first.pci.device, first.pci.group(group)):
+            if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
+                continue
+            hint = f"virt-usher enable {_name(domain)} pci group=true"
+            if other.class_code[:2] == "06":
+                hint = "it belongs to the host's chipset: give the domain another device"
+            if other.is_bridge:  # shpchp drives bridges, and lacks driver_managed_dma
+                hint = f"echo {other.address} >/sys/bus/pci/drivers/{other.driver}/unbind"
+            what = f"shares IOMMU group {group} with {other.address}, which stays with {other.driver}"
+            yield _problem(domain, first, "group", what, hint)
+
+
+def best_driver(device: Device, host: Host) -> str:
+    """Return the vfio driver made for a device: the vfio_pci: alias with the fewest wildcards wins.
+
+    Drivers of that kind are called as their module is; the general one is not.
+    """
+    alias = f"vfio_{device.modalias}"
+    found = {}
+    text = host.get(f"/lib/modules/{host.get('/proc/sys/kernel/osrelease')}/modules.alias")
+    for line in text.splitlines() if "alias vfio_pci:" in text else []:
+        words = line.split()
+        if line.startswith("alias vfio_pci:") and len(words) == 3 and fnmatchcase(alias, words[1]):
+            found[words[1].count("*")] = words[2]
+    best = found[min(found)] if found else "vfio_pci"
+    return "vfio-pci" if best.replace("-", "_") == "vfio_pci" else best

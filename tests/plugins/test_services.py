@@ -1,0 +1,118 @@
+"""Units are put back as they were, whoever shares them, and a job is never waited for without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from virt_usher.testing import FakeHost, domain_xml, run_hook
+
+# systemctl as far as it is used: one file per unit holds its state; stuck.service never changes.
+SYSTEMCTL = """#!/bin/sh
+units=$(dirname "$0")/../../units
+echo "$*" >>"$units/.calls"
+for unit; do :; done
+case $1 in
+    is-system-running) cat "$units/.system" ;;
+    show)
+        [ -e "$units/$unit" ] || { echo LoadState=not-found; echo ActiveState=inactive; exit 0; }
+        echo LoadState=loaded; echo "ActiveState=$(cat "$units/$unit")" ;;
+    --no-block)
+        case $2:$unit in
+            *:stuck.service) ;;
+            start:broken.service) echo failed >"$units/$unit" ;;
+            start:*) echo active >"$units/$unit" ;;
+            stop:*) echo inactive >"$units/$unit" ;;
+        esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def systemd(host: FakeHost) -> FakeHost:
+    """A host with systemd: smb is inactive, greeter active, broken does not start, stuck never moves."""
+    host.file("/usr/bin/systemctl", SYSTEMCTL, 0o755).file("/run/systemd/system/.keep")
+    host.file("/units/.system", "running").file("/units/.calls")
+    states = {"smb": "inactive", "greeter": "active", "broken": "inactive", "stuck": "active"}
+    for name, state in states.items():
+        host.file(f"/units/{name}.service", state)
+    return host
+
+
+def state(host: FakeHost, unit: str) -> str:
+    return Path(host.path(f"/units/{unit}.service")).read_text().strip()
+
+
+def calls(host: FakeHost, word: str) -> list[str]:
+    return [c for c in Path(host.path("/units/.calls")).read_text().splitlines() if word in c]
+
+
+def enable(host: FakeHost, name: str, options: str) -> bytes:
+    host.domain(name, f"[plugins.services]\n{options}\n")
+    return domain_xml(name)
+
+
+def test_units_are_brought_and_put_back(systemd: FakeHost) -> None:
+    xml = enable(systemd, "guest", 'start = ["smb"]\nstop = ["greeter.service"]')
+    assert run_hook(systemd, "guest", "prepare", xml).status == 0
+    assert (state(systemd, "smb"), state(systemd, "greeter")) == ("active", "inactive")
+    assert all(c.startswith("--no-block") for c in calls(systemd, "start") + calls(systemd, "stop"))
+    run_hook(systemd, "guest", "release")
+    assert (state(systemd, "smb"), state(systemd, "greeter")) == ("inactive", "active")
+    assert calls(systemd, "reset-failed"), "a start limit must not keep a unit from coming back"
+
+
+def test_the_last_domain_that_wants_a_unit_puts_it_back(systemd: FakeHost) -> None:
+    for name in ("one", "two"):
+        assert run_hook(systemd, name, "prepare", enable(systemd, name, 'start = ["smb"]')).status == 0
+    run_hook(systemd, "one", "release")
+    assert state(systemd, "smb") == "active"
+    run_hook(systemd, "two", "release")
+    assert state(systemd, "smb") == "inactive"
+
+
+def test_a_unit_somebody_else_changed_is_left_alone(systemd: FakeHost) -> None:
+    run_hook(systemd, "guest", "prepare", enable(systemd, "guest", 'stop = ["greeter"]'))
+    systemd.file("/units/greeter.service", "failed")
+    run_hook(systemd, "guest", "release")
+    assert state(systemd, "greeter") == "failed"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ('start = ["nosuch"]', "there is no unit nosuch.service"),
+        ('start = ["broken"]', "broken.service failed to start"),
+        ('stop = ["stuck"]', "stuck.service is active, not inactive, in time"),
+        ('start = ["smb"]\nstop = ["smb.service"]', "both started and stopped"),
+        ("start = 5", "is not a list"),
+    ],
+)
+def test_a_unit_that_cannot_be_brought_refuses_the_start(
+    systemd: FakeHost, options: str, reason: str
+) -> None:
+    systemd.config("[deadlines]\nstart = 2\n")
+    result = run_hook(systemd, "guest", "prepare", enable(systemd, "guest", options))
+    assert result.status != 0
+    assert reason in result.stderr
+    assert state(systemd, "smb") == "inactive"
+
+
+def test_two_domains_that_want_opposites_do_not_both_start(systemd: FakeHost) -> None:
+    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'start = ["smb"]'))
+    result = run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["smb"]'))
+    assert "smb.service is kept active for the domain 'one'" in result.stderr
+
+
+def test_no_job_is_queued_while_the_system_stops(systemd: FakeHost) -> None:
+    run_hook(systemd, "guest", "prepare", enable(systemd, "guest", 'start = ["smb"]'))
+    systemd.file("/units/.system", "stopping")
+    run_hook(systemd, "guest", "release")
+    assert state(systemd, "smb") == "active"
+    assert not systemd.journal("guest")
+
+
+def test_a_host_without_systemd_refuses_with_one_line(host: FakeHost) -> None:
+    result = run_hook(host, "guest", "prepare", enable(host, "guest", 'start = ["smb"]'))
+    assert "systemd does not run here" in result.stderr
