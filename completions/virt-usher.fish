@@ -1,0 +1,3 @@
+# fish completion for virt-usher; read at the first Tab after its name.
+# virt-usher prints the function itself, so that it fits the click that is installed.
+_VIRT_USHER_COMPLETE=fish_source virt-usher 2>/dev/null | source

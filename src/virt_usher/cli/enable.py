@@ -1,0 +1,66 @@
+"""virt-usher enable: switch a plugin on for a domain, or set its options."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from virt_usher import options
+from virt_usher.cli import base
+from virt_usher.cli.edit import ConfigFile, warn_if_unknown, who
+from virt_usher.errors import UsherError, nearest
+from virt_usher.plugins import load
+
+USAGE = "DOMAIN PLUGIN [KEY=VALUE]..."
+
+
+@click.command(name="enable")
+@click.argument("words", nargs=-1, metavar=USAGE, shell_complete=base.complete_words)
+@click.option("--every-domain", is_flag=True, help="For every domain; give no DOMAIN then.")
+@click.pass_obj
+def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool) -> None:
+    """Switch a plugin on for a domain, or set its options.
+
+    Writes /etc/virt-usher/domains/DOMAIN.toml and shows the difference. Options that are not given
+    stay as they are. It counts from the next start on.
+    """
+    usher.need_root()
+    rest = list(words)
+    name = who(rest, every_domain, USAGE)
+    if not rest:
+        raise click.UsageError(f"needs {USAGE}")
+    plugin_name = rest.pop(0)
+    plugin = load(usher.host, plugin_name)
+    values = dict(_value(plugin, word) for word in rest)
+    file = ConfigFile(usher.host, name)
+    table = file.table("plugins", plugin_name)
+    table.pop("enabled", None)  # it is on unless its table says otherwise
+    for key, value in values.items():
+        table[key] = value
+    wrong = options.problems(plugin, dict(table))
+    if wrong:
+        text = "; ".join(f"plugins.{plugin_name}.{k}: {t}" for k, t in wrong.items())
+        raise UsherError(f"{file.path}: {text}", f"virt-usher plugins {plugin_name} shows its options")
+    warn_if_unknown(usher, name)
+    file.write()
+    base.say("It counts from the next start on; what that would do:")
+    base.command_line(f"virt-usher plan {shlex.quote(name)}" if name else "virt-usher plan", 4)
+
+
+def _value(plugin: type[Any], word: str) -> tuple[str, object]:
+    """Read KEY=VALUE as the option's type has it."""
+    key, equals, text = word.partition("=")
+    if not equals:
+        raise click.UsageError(f"{word!r} is not KEY=VALUE")
+    known = options.options_of(plugin)
+    if key not in known:
+        raise UsherError(f"no such option: {key}{nearest(key, list(known))}", f"it has: {', '.join(known)}")
+    try:
+        value = known[key].parse(text)
+    except (ValueError, LookupError):
+        value = text  # and the check says what would be right
+    if problem := known[key].problem(value):
+        raise UsherError(f"{key}: {problem}")
+    return key, value

@@ -1,0 +1,58 @@
+"""A newcomer's path: one command writes a plugin with its test, one runs both, and both pass at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Cli
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return here
+
+
+def test_a_new_plugin_and_its_test_pass_at_once_and_are_short(cli: Cli, folder: Path) -> None:
+    assert cli("plugins", "new", "calm").status == 0
+    lines = sum(len((folder / n).read_text().splitlines()) for n in ("calm.py", "test_calm.py"))
+    assert lines < 60
+    ran = cli("plugins", "test", "calm.py")
+    assert (ran.status, ran.err) == (0, "")
+    assert "it sets swappiness: ok" in ran.out
+    assert "nothing stays, wherever it is killed or fails: ok" in ran.out
+
+
+def test_a_failing_test_is_named_with_its_place(cli: Cli, folder: Path) -> None:
+    cli("plugins", "new", "calm")
+    test = folder / "test_calm.py"
+    test.write_text(test.read_text().replace("60 → 5", "60 → 7"))
+    ran = cli("plugins", "test", "calm.py")
+    assert ran.status == 1
+    assert "it sets swappiness: FAILED: AssertionError" in ran.out
+    assert "test_calm.py:" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["new", "../evil"], "cannot be the name of a plugin"),
+        (["new", "Upper"], "cannot be the name of a plugin"),
+        (["test", "absent.py"], "there is no file absent.py"),
+    ],
+)
+def test_what_cannot_be_is_refused(cli: Cli, folder: Path, words: list[str], complaint: str) -> None:
+    ran = cli("plugins", *words)
+    assert (ran.status, complaint in ran.err) == (1, True)
+    assert not list(folder.iterdir())
+
+
+def test_nothing_is_overwritten(cli: Cli, folder: Path) -> None:
+    (folder / "test_calm.py").write_text("mine")
+    ran = cli("plugins", "new", "calm")
+    assert (ran.status, "is there already" in ran.err) == (1, True)
+    assert [p.name for p in folder.iterdir()] == ["test_calm.py"]

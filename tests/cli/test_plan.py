@@ -1,0 +1,113 @@
+"""plan shows what the hook would do, and ends as the hook would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Cli
+
+from virt_usher.testing import FakeHost, domain_xml, run_hook
+
+PAGES = "[plugins.hugepages]\n"
+GOVERNOR = "/sys/devices/system/cpu/cpufreq/policy0/scaling_governor"
+
+
+def xml_file(folder: Path, xml: bytes) -> str:
+    path = folder / "domain.xml"
+    path.write_bytes(xml)
+    return str(path)
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> str:
+    """The file of a domain of 64 MiB in huge pages."""
+    return xml_file(tmp_path, domain_xml(memory_kib=64 << 10, hugepages=True))
+
+
+def test_each_action_is_shown_from_what_is_to_what_would_be(cli: Cli, pc: FakeHost, guest: str) -> None:
+    pc.domain("guest", PAGES + '[plugins.governor]\ngovernor = "performance"\n')
+    now = pc.read(GOVERNOR)
+    ran = cli("plan", "--xml", guest)
+    assert ran.status == 0
+    assert "hugepages: 32 pages of 2 MiB" in ran.out
+    assert f"governor: policy0 governor: {now} → performance" in ran.out
+    assert all(len(line) <= 80 for line in ran.out.splitlines())
+
+
+def test_nothing_is_changed(cli: Cli, pc: FakeHost, guest: str) -> None:
+    pc.domain("guest", PAGES + "[plugins.governor]\n")
+    before = pc.snapshot()
+    cli("plan", "--xml", guest)
+    assert pc.snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("toml", "memory_kib"),
+    [
+        (PAGES, 64 << 10),
+        (PAGES, 64 << 30),
+        ("[plugins.hugepagse]\n", 64 << 10),
+        ("[plugins.hugepages]\ndrop_cache = true\n", 64 << 10),
+        ("not toml at all", 64 << 10),
+        (None, 64 << 30),
+    ],
+)
+def test_it_says_refused_exactly_when_the_hook_refuses(
+    cli: Cli, pc: FakeHost, tmp_path: Path, toml: str | None, memory_kib: int
+) -> None:
+    if toml is not None:
+        pc.domain("guest", toml)
+    xml = domain_xml(memory_kib=memory_kib, hugepages=True)
+    ran = cli("plan", "--json", "--xml", xml_file(tmp_path, xml))
+    refused = run_hook(pc, "guest", "prepare", xml).status != 0
+    assert (ran.json[0]["refused"], ran.status) == (refused, int(refused))
+
+
+def test_all_problems_come_at_once_each_with_its_hint(cli: Cli, pc: FakeHost, tmp_path: Path) -> None:
+    pc.domain("guest", PAGES + "[plugins.govenor]\n[nonsense]\n")
+    ran = cli("plan", "--xml", xml_file(tmp_path, domain_xml(memory_kib=64 << 30, hugepages=True)))
+    assert "a start would be refused" in ran.out
+    for part in ("nonsense: unknown key", "did you mean 'governor'?", "lower the domain's <memory>"):
+        assert part in " ".join(ran.out.split())
+
+
+def test_a_domain_that_the_gate_lets_pass_is_not_refused(cli: Cli, pc: FakeHost, guest: str) -> None:
+    pc.config("broken")
+    ran = cli("plan", "--xml", guest)
+    assert ran.status == 0
+    assert "does not even look at its start" in ran.out
+
+
+def test_the_off_switch_lets_every_start_pass(cli: Cli, pc: FakeHost, guest: str) -> None:
+    pc.domain("guest", "broken").file("/etc/virt-usher/off", "")
+    ran = cli("plan", "--xml", guest)
+    assert ran.status == 0
+    assert "every start passes untouched" in " ".join(ran.out.split())
+
+
+def test_xml_that_cannot_be_read_is_a_problem_not_a_crash(cli: Cli, tmp_path: Path) -> None:
+    ran = cli("plan", "--xml", xml_file(tmp_path, b"<domain>"))
+    assert ran.status == 1
+    assert "cannot be read" in ran.out
+
+
+def test_without_libvirt_it_says_so_with_the_next_step(cli: Cli) -> None:
+    ran = cli("plan", "guest")
+    assert ran.status == 1
+    assert ran.err.startswith("virt-usher: libvirt cannot be asked")
+    assert len(ran.err.splitlines()) == 2
+
+
+def test_without_a_name_all_domains_of_libvirt_are_planned(cli: Cli, pc: FakeHost, libvirt: str) -> None:
+    pc.domain("test", "[plugins.governor]\n")
+    plans = cli("plan", "--json", uri=libvirt).json
+    assert [p["domain"] for p in plans] == ["test"]
+    assert {s["plugin"] for s in plans[0]["steps"]} == {"governor"}
+    assert cli("plan", "test", uri=libvirt).status == 0
+    unknown = cli("plan", "tset", uri=libvirt)
+    assert (unknown.status, "libvirt knows no domain 'tset'" in unknown.err) == (1, True)
+
+
+def test_a_name_and_a_file_together_are_wrong_usage(cli: Cli, guest: str) -> None:
+    assert cli("plan", "guest", "--xml", guest).status == 2
