@@ -1,0 +1,1 @@
+"""The tests that run inside the lab's machine, as root."""

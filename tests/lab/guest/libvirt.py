@@ -1,0 +1,113 @@
+"""Domains for the tests, by way of virsh."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import NAMESPACE_DNS, uuid5
+
+from tests.lab import machine
+
+# Emulation within an emulation, on a machine that may have other work.
+PATIENCE = 180.0
+HOOKS = Path("/etc/libvirt/hooks")
+
+
+def run(*command: str, check: bool = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its output is in the failure, if it fails."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
+    )
+    if check:
+        said = f"{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{' '.join(command)}: status {done.returncode}\n{said}"
+    return done
+
+
+def virsh(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one virsh command against the system's daemon."""
+    return run("virsh", "--quiet", "--connect", "qemu:///system", *arguments, check=check)
+
+
+def wait_for(what: str, ready: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Wait until `ready` is true."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.5)
+
+
+@dataclass
+class Domain:
+    """A domain without a system: its firmware idles, which is enough."""
+
+    name: str
+    memory_mib: int = 64
+    kind: str = "qemu"
+    hugepages: str = ""
+    nodeset: str = ""
+    vcpus: int = 1
+    pins: str = ""
+    devices: tuple[str, ...] = ()
+    managed: bool = True
+    extra: str = ""
+
+    def xml(self) -> str:
+        """Return the definition."""
+        backing = f"<memoryBacking>{self.hugepages}</memoryBacking>" if self.hugepages else ""
+        node = (
+            f"<numatune><memory mode='strict' nodeset='{self.nodeset}'/></numatune>" if self.nodeset else ""
+        )
+        pins = "".join(f"<vcpupin vcpu='{n}' cpuset='{self.pins}'/>" for n in range(self.vcpus))
+        tune = f"<cputune>{pins}</cputune>" if self.pins else ""
+        hostdevs = "".join(self._hostdev(role) for role in self.devices)
+        return f"""\
+<domain type='{self.kind}'><name>{self.name}</name><uuid>{uuid5(NAMESPACE_DNS, self.name)}</uuid>
+<memory unit='MiB'>{self.memory_mib}</memory><vcpu>{self.vcpus}</vcpu>
+{backing}{tune}{node}<os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
+<devices><memballoon model='none'/>{hostdevs}</devices>{self.extra}</domain>"""
+
+    def _hostdev(self, role: str) -> str:
+        managed = "yes" if self.managed else "no"
+        source = f"<source>{_address(role)}</source>"
+        return f"<hostdev mode='subsystem' type='pci' managed='{managed}'>{source}</hostdev>"
+
+    def define(self) -> Domain:
+        """Make the domain known to libvirt."""
+        file = Path(f"/tmp/{self.name}.xml")
+        file.write_text(self.xml())
+        virsh("define", str(file))
+        return self
+
+    def start(self, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Define and start it."""
+        self.define()
+        return virsh("start", self.name, check=check)
+
+    def stop(self) -> None:
+        """Pull its plug."""
+        virsh("destroy", self.name)
+
+    @property
+    def state(self) -> str:
+        """What libvirt says of it."""
+        return virsh("domstate", self.name, check=False).stdout.strip()
+
+    @property
+    def pid(self) -> int:
+        """The QEMU process of a running domain."""
+        return int(Path(f"/run/libvirt/qemu/{self.name}.pid").read_text())
+
+    def remove(self) -> None:
+        """Leave nothing of it."""
+        virsh("destroy", self.name, check=False)
+        virsh("undefine", self.name, check=False)
+        Path(f"/etc/virt-usher/domains/{self.name}.toml").unlink(missing_ok=True)
+
+
+def _address(role: str) -> str:
+    bus, slot, function = machine.device(role).short.replace(".", ":").split(":")
+    return f"<address domain='0x0' bus='0x{bus}' slot='0x{slot}' function='0x{function}'/>"

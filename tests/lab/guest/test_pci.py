@@ -1,0 +1,217 @@
+"""The plugin pci on a real kernel: devices go to the domain and come back as they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.lab import machine
+from tests.lab.guest import kernel, usher
+from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
+
+pytestmark = pytest.mark.product
+KNOBS = ("driver_override", "power/control", "d3cold_allowed")
+# Alone in their group, or with all of it; each has a reset, so reset_check lets them pass.
+PASSED = [("nic",), ("nvme",), ("usb",), ("twin", "twin_second"), ("switched",)]
+
+
+def address(role: str) -> str:
+    return machine.device(role).address
+
+
+def state() -> dict[str, tuple[str | None, ...]]:
+    """Return driver and knobs of every device of the zoo."""
+    folders = {d.role: kernel.DEVICES / d.address for d in machine.DEVICES}
+    return {
+        role: (kernel.driver(folder.name), *((folder / knob).read_text() for knob in KNOBS))
+        for role, folder in folders.items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def all_comes_back(domain: Domain) -> Iterator[None]:
+    """Every test ends with every device as it was."""
+    before = state()
+    yield
+    if domain.state == "running":
+        domain.stop()
+    usher.given_back(domain)
+    assert state() == before
+
+
+def start(domain: Domain, check: bool = True) -> str:
+    """Start a domain that is defined and configured; return what virsh said."""
+    return virsh("start", domain.name, check=check).stderr
+
+
+def refused(domain: Domain) -> str:
+    """Try a start that is refused before anything is touched; return what virsh said."""
+    before = state()
+    said = start(domain, check=False)
+    assert domain.state == "shut off"
+    assert state() == before
+    return said
+
+
+@pytest.mark.parametrize("managed", [True, False], ids=["managed", "unmanaged"])
+@pytest.mark.parametrize("roles", PASSED, ids=lambda roles: roles[0])
+def test_passed(domain: Domain, roles: tuple[str, ...], managed: bool) -> None:
+    domain.devices, domain.managed = roles, managed
+    start(usher.enable(domain, "pci"))
+    assert {kernel.driver(address(r)) for r in roles} == {"vfio-pci"}
+    assert all(f'"key":"pci-{address(r)}"' in usher.journal(domain).read_text() for r in roles)
+
+
+@pytest.mark.smoke
+def test_the_admins_own_override_comes_back(domain: Domain) -> None:
+    override = kernel.DEVICES / address("nic") / "driver_override"
+    override.write_text("e1000e\n")
+    try:
+        before = state()
+        domain.devices = ("nic",)
+        start(usher.enable(domain, "pci"))
+        assert override.read_text() == "vfio-pci\n"
+        domain.stop()
+        usher.given_back(domain)
+        assert state() == before
+    finally:
+        override.write_text("\n")
+
+
+def test_a_driverless_device_stays_driverless(domain: Domain) -> None:
+    domain.devices = ("pair", "pair_edu")
+    start(usher.enable(domain, "pci"))
+    domain.stop()
+
+
+def test_the_rest_of_the_group(domain: Domain) -> None:
+    domain.devices = ("twin",)
+    domain.define()
+    run("virt-usher", "enable", domain.name, "pci", "group=true")
+    start(domain)
+    assert kernel.driver(address("twin_second")) == "vfio-pci"
+
+
+def test_a_group_that_stays_is_named(domain: Domain) -> None:
+    domain.devices = ("twin",)
+    usher.enable(domain, "pci")
+    said = refused(domain)
+    assert f"{address('twin')} (8086:10d3) shares IOMMU group " in said
+    assert f"{address('twin_second')}, which stays with e1000e" in said
+
+
+def test_shpchp_blocks_the_group_behind_its_bridge(domain: Domain) -> None:
+    """Its bridge has no other use for it than hot-plugging, which nobody does in there."""
+    domain.devices = ("pci_nic", "pci_sound")
+    bridge = next(b.address for b in machine.BRIDGES if b.name == "pci")
+    blocked = kernel.driver(bridge) == "shpchp"
+    usher.enable(domain, "pci")
+    if blocked:
+        unbind = "/sys/bus/pci/drivers/shpchp/unbind"
+        assert f"echo {bridge} >{unbind}" in refused(domain)
+        Path(unbind).write_text(bridge)
+    try:
+        start(domain)
+        domain.stop()
+        usher.given_back(domain)
+    finally:
+        if blocked:
+            Path("/sys/bus/pci/drivers/shpchp/bind").write_text(bridge)
+
+
+def test_a_program_that_holds_a_graphics_card(domain: Domain) -> None:
+    node = next((kernel.DEVICES / address("vga") / "drm").glob("card*")).name
+    domain.devices = ("vga",)
+    usher.enable(domain, "pci")
+    run("virt-usher", "waive", "--every-domain", address("vga"), "display", "a test")
+    with open(f"/dev/dri/{node}", "rb"):
+        assert f"is in use (/dev/dri/{node}) by python3 (pid {os.getpid()})" in refused(domain)
+    Path("/etc/virt-usher/every-domain.toml").unlink()
+
+
+@pytest.mark.smoke
+def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path) -> None:
+    disk = next((kernel.DEVICES / address("nvme")).glob("nvme/nvme*/nvme*n1")).name
+    run("mkfs.ext4", "-q", "-F", f"/dev/{disk}")
+    run("mount", f"/dev/{disk}", str(tmp_path))
+    try:
+        domain.devices = ("nvme",)
+        said = refused(usher.enable(domain, "pci"))
+        assert f"carries what is mounted on {tmp_path}" in said
+        assert f"umount {tmp_path}" in said
+    finally:
+        run("umount", str(tmp_path))
+
+
+def test_a_network_card_in_use_is_refused(domain: Domain) -> None:
+    name = next((kernel.DEVICES / address("nic") / "net").iterdir()).name
+    run("ip", "address", "add", "192.0.2.1/24", "dev", name)
+    run("ip", "link", "set", name, "up")
+    try:
+        domain.devices = ("nic",)
+        said = refused(usher.enable(domain, "pci"))
+        assert f"is {name}, which is up with an address" in said
+        assert f"virt-usher waive {domain.name} {address('nic')} in-use 'REASON'" in said
+        run("ip", "route", "add", "default", "via", "192.0.2.2", "dev", name)
+        assert f"is {name}, the way of the default route" in refused(domain)
+        run("virt-usher", "waive", domain.name, address("nic"), "in-use", "a test")
+        start(domain)
+    finally:
+        run("ip", "address", "flush", "dev", name, check=False)
+        run("ip", "link", "set", name, "down", check=False)
+
+
+def test_a_second_domain_is_refused_and_the_first_runs_on(domain: Domain, second_domain: Domain) -> None:
+    domain.devices = second_domain.devices = ("nic",)
+    start(usher.enable(domain, "pci"))
+    usher.enable(second_domain, "pci")
+    said = start(second_domain, check=False)
+    assert f"is held by domain '{domain.name}'" in said
+    assert domain.state == "running"
+    assert kernel.driver(address("nic")) == "vfio-pci"
+
+
+@pytest.mark.smoke
+def test_qemu_killed(domain: Domain) -> None:
+    domain.devices = ("nvme",)
+    start(usher.enable(domain, "pci"))
+    os.kill(domain.pid, signal.SIGKILL)
+    wait_for("the domain to be off", lambda: domain.state == "shut off")
+
+
+def test_the_daemon_killed_while_a_domain_runs(domain: Domain) -> None:
+    domain.devices = ("nic",)
+    start(usher.enable(domain, "pci"))
+    run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", "libvirtd")
+    wait_for("the daemon", lambda: virsh("list", check=False).returncode == 0)
+    assert domain.state == "running"
+    domain.stop()
+
+
+def test_virtual_functions(domain: Domain) -> None:
+    physical = kernel.DEVICES / address("sriov")
+    (physical / "sriov_drivers_autoprobe").write_text("0")
+    (physical / "sriov_numvfs").write_text("2")
+    try:
+        domain.devices = ("sriov",)
+        assert "has 2 virtual functions" in refused(usher.enable(domain, "pci"))
+    finally:
+        (physical / "sriov_numvfs").write_text("0")
+        (physical / "sriov_drivers_autoprobe").write_text("1")
+
+
+@pytest.mark.parametrize("how", ["managed", "unmanaged"])
+def test_ten_times(domain: Domain, how: str) -> None:
+    domain.devices, domain.managed = ("gpu", "gpu_audio"), how == "managed"
+    usher.enable(domain, "pci")
+    for role, problem in (("gpu", "display"), ("gpu_audio", "in-use")):
+        run("virt-usher", "waive", domain.name, address(role), problem, "a test")
+    before = state()
+    for _ in range(10):
+        start(domain)
+        domain.stop()
+        usher.given_back(domain)
+        assert state() == before

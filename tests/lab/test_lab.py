@@ -1,0 +1,139 @@
+"""The lab itself: its command line, and that a bad run is never a good one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.lab import __main__ as main
+from tests.lab import acpi, boot, initrd, machine, qemu
+from tests.lab.boot import Options, Outcome
+from tests.lab.rootfs import Image
+
+PASSED = "<testcase classname='a' name='b'/>"
+FAILED = "<testcase classname='a' name='c'><failure/></testcase>"
+SKIPPED = "<testcase classname='a' name='d'><skipped/></testcase>"
+
+
+def junit(out: Path, boot: int, *cases: str) -> None:
+    (out / f"junit-{boot}.xml").write_text(
+        f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>"
+    )
+
+
+def done(out: Path, problem: str = "") -> None:
+    (out / "done").write_text(json.dumps({"problem": problem}))
+
+
+def result(out: Path) -> Outcome:
+    outcome = Outcome(up_after=1.0)
+    boot._read_results(out, outcome)
+    return outcome
+
+
+def test_the_boots_of_a_run_add_up(tmp_path: Path) -> None:
+    junit(tmp_path, 0, PASSED, SKIPPED)
+    junit(tmp_path, 1, PASSED)
+    done(tmp_path)
+    outcome = result(tmp_path)
+    assert (outcome.passed, outcome.failed, outcome.skipped) == (2, 0, 1)
+    assert outcome.good
+
+
+def test_a_failed_test_fails_the_run(tmp_path: Path) -> None:
+    junit(tmp_path, 0, PASSED, FAILED)
+    done(tmp_path)
+    assert not result(tmp_path).good
+    assert result(tmp_path).failures == ["a::c"]
+
+
+@pytest.mark.parametrize("cases", [(), (SKIPPED,)])
+def test_a_run_without_a_test_fails(tmp_path: Path, cases: tuple[str, ...]) -> None:
+    junit(tmp_path, 0, *cases)
+    done(tmp_path)
+    assert not result(tmp_path).good
+
+
+def test_a_run_that_ended_early_fails(tmp_path: Path) -> None:
+    junit(tmp_path, 0, PASSED)
+    assert result(tmp_path).problem == "the guest ended before its tests did"
+    assert boot_never() == "the guest never came up"
+
+
+def boot_never() -> str:
+    outcome = Outcome()
+    boot._read_results(Path("/nonexistent"), outcome)
+    return outcome.problem
+
+
+def test_a_failed_installation_fails_the_run(tmp_path: Path) -> None:
+    junit(tmp_path, 0, PASSED)
+    done(tmp_path, "install.sh failed with status 1")
+    assert not result(tmp_path).good
+
+
+QUIET = "import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("options", "up", "console", "problem"),
+    [
+        (Options(boot_seconds=0), False, "", "not up after"),
+        (Options(silent_seconds=0), True, "", "hung"),
+        (Options(total_seconds=0), True, "", "took longer"),
+        (Options(), False, "Kernel panic - not syncing: no init", "kernel panicked"),
+        (Options(), False, "Oops: int3: 0000\nKernel panic - not syncing: Fatal", "text was patched"),
+    ],
+)
+def test_a_guest_is_given_up(tmp_path: Path, options: Options, up: bool, console: str, problem: str) -> None:
+    if up:
+        (tmp_path / "up").touch()
+    (tmp_path / "console.log").write_text(console)
+    with subprocess.Popen([sys.executable, "-c", QUIET]) as guest:
+        outcome = boot._watch(guest, tmp_path, tmp_path / "console.log", tmp_path / "monitor", options)
+        guest.kill()
+    assert problem in outcome.problem
+    assert not outcome.good
+
+
+def test_every_device_is_on_the_command_line(tmp_path: Path) -> None:
+    image = Image("any", tmp_path)
+    line = " ".join(qemu.command(image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
+    for device in machine.DEVICES:
+        assert f"{device.qemu},bus={device.bus},addr={device.address[-4:]}" in line
+    assert "{" not in line
+
+
+def test_roles_and_addresses_are_unique() -> None:
+    addresses = [d.address for d in machine.DEVICES] + [b.address for b in machine.BRIDGES]
+    assert len(set(addresses)) == len(addresses)
+    assert len(machine.BY_ROLE) == len(machine.DEVICES)
+
+
+def test_every_cpu_has_one_clock() -> None:
+    assert sorted(cpu for policy in machine.CPUFREQ_POLICIES for cpu in policy) == list(range(machine.CPUS))
+    assert acpi.source().count("_PSS") == machine.CPUS
+
+
+def test_an_archive_member_is_padded() -> None:
+    member = initrd._entry("name", 0o100644, b"12345")
+    assert len(member) % 4 == 0
+    assert member.startswith(b"070701")
+
+
+def test_what_fails_twice_has_failed_and_what_passes_then_is_named() -> None:
+    def outcome(failed: int = 0, problem: str = "") -> boot.Outcome:
+        failures = [f"tests.lab.guest.test_pages::test_{n}[0]" for n in range(failed)]
+        return boot.Outcome(passed=5, failed=failed, failures=failures, problem=problem)
+
+    assert main.again(outcome(failed=2)) == "test_0[0] or test_1[0]"
+    assert main.again(outcome(failed=2, problem="hung")) == ""
+    passed = main.both(outcome(failed=1), outcome())
+    assert (passed.good, passed.passed, passed.failed) == (True, 6, 0)
+    assert "failed, and passed on a fresh machine" in passed.failures[0]
+    assert not main.both(outcome(failed=1), outcome(failed=1)).good
+    assert not main.both(outcome(failed=1), outcome(problem="hung")).good
+    assert main.both(outcome(problem=boot.TRIPPED), outcome()).good
