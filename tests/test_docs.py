@@ -1,0 +1,82 @@
+"""The documentation names all there is, and what it shows works."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import virt_usher
+from virt_usher import hookspecs, options
+from virt_usher.dispatch import DEADLINES
+from virt_usher.host import Host
+from virt_usher.plugins import load
+from virt_usher.testing import FakeHost, ask, domain_xml
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted(p.stem for p in (ROOT / "plugins").glob("*.py"))
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("plugin", SHIPPED)
+def test_every_plugin_is_in_the_readme_and_every_option_in_its_manual(plugin: str) -> None:
+    assert f"| `{plugin}` |" in text("README.md")
+    manual = text("docs/admin.md")
+    assert f"| `{plugin}` |" in manual
+    for option in options.options_of(load(Host("/"), plugin)).values():
+        assert option.help, f"{plugin}.{option.name} has no help"
+        assert f"| `{plugin}.{option.name}` |" in manual
+
+
+@pytest.mark.parametrize("plugin", SHIPPED)
+def test_every_plugin_says_in_one_line_what_it_does(plugin: str) -> None:
+    first = (ROOT / "plugins" / f"{plugin}.py").read_text().splitlines()[0]
+    assert re.fullmatch(r'"""[A-Z].{10,68}\."""', first), first
+
+
+def test_every_hook_is_in_the_guide_with_its_arguments() -> None:
+    for name, function in inspect.getmembers(hookspecs, inspect.isfunction):
+        if name.startswith("usher_"):
+            arguments = ", ".join(inspect.signature(function).parameters)
+            assert f"`{name}({arguments})`" in text("docs/plugins.md")
+
+
+def test_every_name_a_plugin_may_import_is_in_the_guide() -> None:
+    guide = text("docs/plugins.md")
+    missing = [name for name in virt_usher.__all__ if not re.search(rf"`{name}\b", guide)]
+    assert not missing
+
+
+def test_every_deadline_is_in_the_manual() -> None:
+    for name in DEADLINES:
+        assert f"`deadlines.{name}`" in text("docs/admin.md")
+
+
+def test_the_first_plugin_of_the_guide_works(host: FakeHost) -> None:
+    block = next(
+        b for b in re.findall(r"```python\n(.*?)```", text("docs/plugins.md"), re.DOTALL) if "Plugin" in b
+    )
+    host.plugin("swappiness", block).file("/proc/sys/vm/swappiness", "60\n")
+    plan = ask(host, "swappiness", domain_xml(), {"value": 5})
+    assert not plan.problems
+    assert [a.describe(host) for a in plan.actions] == ["swappiness: 60 → 5"]
+
+
+@pytest.mark.parametrize("file", ["docs/admin.md", "docs/plugins.md", "README.md", "docs/troubleshooting.md"])
+def test_toml_in_the_documentation_parses(file: str) -> None:
+    for block in re.findall(r"```toml\n(.*?)```", text(file), re.DOTALL):
+        tomllib.loads(block)
+
+
+@pytest.mark.parametrize(
+    "file", [p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")]]
+)
+def test_links_lead_somewhere(file: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(file)):
+        assert (ROOT / file).parent.joinpath(target).exists(), f"{file}: {target}"
