@@ -26,12 +26,13 @@ TOOLS = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or another one."""
     parser = argparse.ArgumentParser(prog="tests/lab/run", description=__doc__)
     add = parser.add_argument
     add("--release", nargs="+", default=["trixie"], metavar="NAME", help=f"of {', '.join(RELEASES)}; or all")
     add("--smoke", action="store_true", help="only the tests marked smoke")
+    add("--soak", action="store_true", help="the long tests too, which take minutes each")
     add("-k", metavar="EXPR", help="only the tests that match, as pytest's -k")
     add("-x", action="store_true", help="stop at the first failure")
     add("--again", action="store_true", help="what fails may try once more on a fresh machine, and is named")
@@ -40,8 +41,9 @@ def arguments() -> argparse.Namespace:
     add("--cpu", choices=machine.CPU_PROFILES, default="kvm", help="nested KVM or SMT siblings")
     add("--rebuild", action="store_true", help="build the image anew")
     add("--logs", type=Path, metavar="DIR", help="keep all logs there, of good runs too")
-    add("--timeout", type=int, default=2400, metavar="SECONDS", help="for one release (%(default)s)")
-    parsed = parser.parse_args()
+    add("--timeout", type=int, metavar="SECONDS", help="for one release (2400; 7200 with --soak)")
+    parsed = parser.parse_args(line)
+    parsed.timeout = parsed.timeout or (7200 if parsed.soak else 2400)
     if parsed.release == ["all"]:
         parsed.release = list(RELEASES)
     return parsed
@@ -55,16 +57,27 @@ def missing() -> list[str]:
     return needs + (["root"] if os.geteuid() != 0 else [])
 
 
-def run_release(release: str, asked: argparse.Namespace) -> boot.Outcome:
-    """Run one release in a folder of its own, kept only if it failed."""
-    selection = [*(["-m", "smoke"] if asked.smoke else []), *(["-k", asked.k] if asked.k else [])]
-    options = boot.Options(
+def choose(asked: argparse.Namespace) -> boot.Options:
+    """Return what a run of one release is asked to do."""
+    marks = [*(["smoke"] if asked.smoke else []), *([] if asked.soak else ["not soak"])]
+    return boot.Options(
         cpu=asked.cpu,
         shell=asked.shell,
         bare=asked.bare,
-        pytest=(*selection, *(["-x"] if asked.x else [])),
+        pytest=(
+            *(["-m", " and ".join(marks)] if marks else []),
+            *(["-k", asked.k] if asked.k else []),
+            *(["-x"] if asked.x else []),
+        ),
+        # A long test says nothing until it is over.
+        silent_seconds=3600 if asked.soak else boot.Options.silent_seconds,
         total_seconds=asked.timeout,
     )
+
+
+def run_release(release: str, asked: argparse.Namespace) -> boot.Outcome:
+    """Run one release in a folder of its own, kept only if it failed."""
+    options = choose(asked)
     scratch = Path(tempfile.mkdtemp(prefix=f"virt-usher-lab-{release}-", dir="/var/tmp"))
     started = time.monotonic()
     outcome = boot.Outcome(problem="interrupted")

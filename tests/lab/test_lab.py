@@ -99,6 +99,19 @@ def test_a_guest_is_given_up(tmp_path: Path, options: Options, up: bool, console
     assert not outcome.good
 
 
+@pytest.mark.parametrize(
+    ("line", "selected"),
+    [
+        ("", "-m not soak"),
+        ("--smoke -k pci -x", "-m smoke and not soak -k pci -x"),
+        ("--soak", ""),
+        ("--smoke --soak", "-m smoke"),
+    ],
+)
+def test_long_tests_run_only_if_asked_for(line: str, selected: str) -> None:
+    assert " ".join(main.choose(main.arguments(line.split())).pytest) == selected
+
+
 def test_every_device_is_on_the_command_line(tmp_path: Path) -> None:
     image = Image("any", tmp_path)
     line = " ".join(qemu.command(image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))

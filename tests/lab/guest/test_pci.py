@@ -203,6 +203,7 @@ def test_virtual_functions(domain: Domain) -> None:
         (physical / "sriov_drivers_autoprobe").write_text("1")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("how", ["managed", "unmanaged"])
 def test_ten_times(domain: Domain, how: str) -> None:
     domain.devices, domain.managed = ("gpu", "gpu_audio"), how == "managed"
