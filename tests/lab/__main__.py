@@ -9,12 +9,15 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from . import boot, machine, rootfs
 
 RELEASES = ("bookworm", "trixie", "forky")
+TRIES = 3
 TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
     "debootstrap": "debootstrap",
@@ -110,6 +113,17 @@ def keep(scratch: Path, release: str, logs: Path | None, failed: bool) -> None:
         shutil.rmtree(scratch)
 
 
+def untripped(release: str, run: Callable[[], boot.Outcome]) -> boot.Outcome:
+    """Run, and run again while the emulator's own fault is all that came out."""
+    outcome = run()
+    for number in range(2, TRIES + 1):
+        if outcome.problem != boot.TRIPPED:
+            break
+        print(f"{summary(release, outcome)}. ONCE MORE, try {number} of {TRIES}", flush=True)
+        outcome = run()
+    return outcome
+
+
 def again(outcome: boot.Outcome) -> str:
     """Return what selects the tests that failed, '' for all where it was not only tests that failed."""
     # Those of a reboot build on each other.
@@ -149,10 +163,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)
     outcomes = {}
     for release in asked.release:
-        first = outcomes[release] = run_release(release, asked)
-        if first.problem == boot.TRIPPED or (asked.again and not first.good):
+        first = outcomes[release] = untripped(release, partial(run_release, release, asked))
+        if asked.again and not first.good and first.problem != boot.TRIPPED:
             print(f"{summary(release, first)}. Once more: {again(first) or 'all of it'}", flush=True)
-            second = run_release(release, argparse.Namespace(**{**vars(asked), "k": again(first) or asked.k}))
+            narrower = argparse.Namespace(**{**vars(asked), "k": again(first) or asked.k})
+            second = untripped(release, partial(run_release, release, narrower))
             outcomes[release] = both(first, second)
     if asked.shell:
         print(*(outcome.problem for outcome in outcomes.values()), sep="\n", end="")

@@ -149,4 +149,21 @@ def test_what_fails_twice_has_failed_and_what_passes_then_is_named() -> None:
     assert "failed, and passed on a fresh machine" in passed.failures[0]
     assert not main.both(outcome(failed=1), outcome(failed=1)).good
     assert not main.both(outcome(failed=1), outcome(problem="hung")).good
-    assert main.both(outcome(problem=boot.TRIPPED), outcome()).good
+
+
+@pytest.mark.parametrize(
+    ("problems", "runs", "good"),
+    [
+        (["", "never"], 1, True),
+        ([boot.TRIPPED, boot.TRIPPED, "", "never"], 3, True),
+        ([boot.TRIPPED, boot.TRIPPED, boot.TRIPPED, "never"], 3, False),
+        (["hung", "never"], 1, False),
+    ],
+)
+def test_the_emulators_own_panic_is_tried_three_times_and_named(
+    capsys: pytest.CaptureFixture[str], problems: list[str], runs: int, good: bool
+) -> None:
+    outcomes = [Outcome(passed=1, problem=problem) for problem in problems]
+    assert main.untripped("trixie", lambda: outcomes.pop(0)).good == good
+    assert len(problems) - len(outcomes) == runs
+    assert capsys.readouterr().out.count("ONCE MORE") == runs - 1
