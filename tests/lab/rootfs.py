@@ -30,6 +30,7 @@ PACKAGES = (
     *("python3-lxml", "python3-pluggy", "python3-click", "python3-rich", "python3-psutil"),
     *("python3-libvirt", "python3-pyudev", "python3-tomlkit", "python3-pytest"),
     *("iproute2", "pciutils", "procps", "psmisc", "less", "e2fsprogs", "strace"),
+    *("irqbalance", "rt-tests"),
 )
 
 # What costs boot time and proves nothing. libvirt-guests would wait five minutes for guests without a system.
@@ -84,6 +85,8 @@ eatmydata apt-get -qq -y install {" ".join(PACKAGES)} </dev/null
 apt-get clean
 rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d
 systemctl -q enable lab.service
+# Only the tests that are about it start it.
+systemctl -q disable irqbalance.service
 systemctl -q mask {" ".join(MASKED)}
 """
 
