@@ -40,6 +40,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     add("-x", action="store_true", help="stop at the first failure")
     add("--again", action="store_true", help="what fails may try once more on a fresh machine, and is named")
     add("--shell", action="store_true", help="no tests: a shell on the machine's console")
+    add("--run", metavar="COMMAND", help="no tests: what the shell makes of this, in the checkout, as root")
     add("--bare", action="store_true", help="do not install virt-usher: tests of the machine alone")
     add("--cpu", choices=machine.CPU_PROFILES, default="kvm", help="nested KVM or SMT siblings")
     add("--rebuild", action="store_true", help="build the image anew")
@@ -66,6 +67,7 @@ def choose(asked: argparse.Namespace) -> boot.Options:
     return boot.Options(
         cpu=asked.cpu,
         shell=asked.shell,
+        run=asked.run or "",
         bare=asked.bare,
         pytest=(
             *(["-m", " and ".join(marks)] if marks else []),
@@ -94,7 +96,7 @@ def run_release(release: str, asked: argparse.Namespace) -> boot.Outcome:
     except RuntimeError as error:
         outcome = boot.Outcome(problem=str(error))
     finally:
-        failed = bool(outcome.problem) if asked.shell else not outcome.good
+        failed = bool(outcome.problem) if asked.shell or asked.run else not outcome.good
         keep(scratch, release, asked.logs, failed)
     return outcome
 
@@ -164,13 +166,13 @@ def main() -> int:
     outcomes = {}
     for release in asked.release:
         first = outcomes[release] = untripped(release, partial(run_release, release, asked))
-        if asked.again and not first.good and first.problem != boot.TRIPPED:
+        if asked.again and not asked.run and not first.good and first.problem != boot.TRIPPED:
             print(f"{summary(release, first)}. Once more: {again(first) or 'all of it'}", flush=True)
             narrower = argparse.Namespace(**{**vars(asked), "k": again(first) or asked.k})
             second = untripped(release, partial(run_release, release, narrower))
             outcomes[release] = both(first, second)
-    if asked.shell:
-        print(*(outcome.problem for outcome in outcomes.values()), sep="\n", end="")
+    if asked.shell or asked.run:
+        print(*(outcome.problem.rstrip() for outcome in outcomes.values() if outcome.problem), sep="\n")
         return int(any(outcome.problem for outcome in outcomes.values()))
     print()
     for release, outcome in outcomes.items():

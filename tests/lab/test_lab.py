@@ -28,9 +28,9 @@ def done(out: Path, problem: str = "") -> None:
     (out / "done").write_text(json.dumps({"problem": problem}))
 
 
-def result(out: Path) -> Outcome:
+def result(out: Path, tests: bool = True) -> Outcome:
     outcome = Outcome(up_after=1.0)
-    boot._read_results(out, outcome)
+    boot._read_results(out, outcome, tests)
     return outcome
 
 
@@ -55,6 +55,12 @@ def test_a_run_without_a_test_fails(tmp_path: Path, cases: tuple[str, ...]) -> N
     junit(tmp_path, 0, *cases)
     done(tmp_path)
     assert not result(tmp_path).good
+
+
+@pytest.mark.parametrize("problem", ["", "false: ended with status 1"])
+def test_a_command_needs_no_test_but_has_to_succeed(tmp_path: Path, problem: str) -> None:
+    done(tmp_path, problem)
+    assert result(tmp_path, tests=False).problem == problem
 
 
 def test_a_run_that_ended_early_fails(tmp_path: Path) -> None:

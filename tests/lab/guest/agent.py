@@ -37,6 +37,8 @@ def main() -> None:
         problem = install(parameters, log.fileno()) if boot == 0 else ""
         if parameters["shell"]:
             shell(problem)
+        elif not problem and parameters["run"]:
+            problem = run(str(parameters["run"]), log.fileno())
         elif not problem:
             problem = test(parameters, boot, log.fileno())
     if MORE.exists() and int(MORE.read_text()) > boot and not problem:
@@ -71,6 +73,20 @@ def install(parameters: dict[str, object], log: int) -> str:
         os.write(log, (OUT / "install.log").read_bytes())
         return f"install.sh failed with status {done.returncode}"
     return ""
+
+
+def run(command: str, log: int) -> str:
+    """Run a shell command in the checkout."""
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=CHECKOUT,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "LC_ALL": "C.UTF-8", "HOME": "/root", "PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+    return f"{command}: ended with status {done.returncode}" if done.returncode else ""
 
 
 def test(parameters: dict[str, object], boot: int, log: int) -> str:
