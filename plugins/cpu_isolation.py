@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,10 +20,10 @@ THREADS = ("vcpu", "iothread", "emulator")
 
 @dataclass(frozen=True, eq=False)
 class Plugin:
-    cpus: str = option("", help="CPUs to isolate, as 2-5,8; if not given, those the domain is pinned to")
-    pins: tuple[str, ...] = option(("vcpu",), help="whose pins count: vcpu, iothread, emulator")
+    cpus: str = option("", help="CPUs to isolate, as 2-5,8; if not given, those of pins", check=parse)
+    pins: tuple[str, ...] = option(("vcpu",), help="whose pins count", choices=THREADS)
     whole_cores: bool = option(True, help="isolate all threads of a core, also where only one is pinned to")
-    keep: str = option("", help="CPUs that the host keeps in any case; if not given, its first core")
+    keep: str = option("", help="CPUs that the host keeps in any case, or its first core", check=parse)
     share: bool = option(False, help="start even if another domain isolates one of the same CPUs")
     units: bool = option(True, help="confine the host's slices to the other CPUs (AllowedCPUs=)")
     irqs: bool = option(True, help="move interrupts away, where their drivers let them")
@@ -48,27 +49,27 @@ class Plugin:
     @hookimpl
     def usher_check(self, domain: Domain, host: Host, plan: Plan) -> Iterator[Problem]:
         cpus, topology = self._isolated(domain, host), Topology(host)
+        name = shlex.quote(domain.name)
+        propose, enable = f"virt-usher pins {name}", f"virt-usher enable {name} cpu_isolation"
         pinned = frozenset[int]().union(*map(domain.pins, THREADS))
-        if wrong := [p for p in self.pins if p not in THREADS]:
-            yield Problem(f"no threads are called {', '.join(wrong)}", f"pins may name {', '.join(THREADS)}")
         if self.units and (why := cgroup.unsupported(host)):
-            yield Problem(why, f"virt-usher enable '{domain.name}' cpu_isolation units=false does without")
+            yield Problem(why, f"do without it: {enable} units=false")
         if not cpus:
-            yield Problem("the domain is pinned to no CPUs, and none are named", "see: virt-usher pins")
+            yield Problem("the domain is pinned to no CPUs, and none are named", propose)
         for names, what in ((pinned - cpus, "pinned to"), (cpus, "to be alone on")):
             if missing := names - topology.online:
                 why = "is offline" if missing <= topology.present else "this machine does not have"
-                yield Problem(f"the domain is {what} CPU {show(missing)}, which {why}", "lscpu --extended")
-        others = {name: theirs for name, theirs in claims(host).items() if name != domain.name}
-        for name, theirs in others.items():
+                yield Problem(f"the domain is {what} CPU {show(missing)}, which {why}", propose)
+        others = {other: theirs for other, theirs in claims(host).items() if other != domain.name}
+        for other, theirs in others.items():
             if (both := theirs & (cpus | pinned)) and not self.share:
-                hint = f"pin elsewhere, or: virt-usher enable '{domain.name}' cpu_isolation share=true"
-                yield Problem(f"CPU {show(both)} is isolated for the domain {name!r}", hint)
+                hint = f"pin elsewhere, or: {enable} share=true"
+                yield Problem(f"CPU {show(both)} is isolated for the domain {other!r}", hint)
         keep = parse(self.keep) if self.keep else topology.first_core
         if missing := keep - topology.online:
-            yield Problem(f"the host keeps CPU {show(missing)}, which is not online", "lscpu --extended")
+            yield Problem(f"the host keeps CPU {show(missing)}, which is not online", "virt-usher cpus")
         if cpus & keep:
-            hint = "pin whole cores to other CPUs, or set keep; virt-usher cpus shows the cores"
+            hint = f"{propose} proposes whole cores; virt-usher cpus shows them; or set keep"
             yield Problem(f"the host keeps CPU {show(keep)}, and would lose {show(cpus & keep)}", hint)
         isolated = cpus.union(*others.values())
         confined = set(cgroup.units(host)) - _with_guests(domain, host) if cpus and self.units else set()

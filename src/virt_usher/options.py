@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from virt_usher.errors import nearest
+from virt_usher.errors import UsherError, nearest
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class OptionInfo:
     help: str
     choices: tuple[Any, ...]
     harmless: bool
+    check: Callable[[Any], object] | None = None
 
     def problem(self, value: object) -> str:
         """Say what is wrong with a value, or ''."""
@@ -35,10 +36,16 @@ class OptionInfo:
             good = isinstance(value, self.type) and (self.type is bool or not isinstance(value, bool))
         if not good:
             return f"{value!r} is not {_NAMES.get(origin or self.type, 'right')}"
-        if self.choices and value not in self.choices:
-            return f"{value!r} is none of {', '.join(map(str, self.choices))}" + nearest(
-                str(value), [str(c) for c in self.choices]
-            )
+        each = value if origin in (tuple, list) and isinstance(value, list | tuple) else [value]
+        for one in each if self.choices else ():
+            if one not in self.choices:
+                names = [str(c) for c in self.choices]
+                return f"{one!r} is none of {', '.join(names)}{nearest(str(one), names)}"
+        try:
+            if self.check:
+                self.check(value)
+        except UsherError as error:
+            return error.message
         return ""
 
     def parse(self, text: str) -> object:
@@ -69,14 +76,18 @@ def option(
     help: str,  # noqa: A002  # what a reader of a plugin expects, and dataclasses call it so too
     choices: tuple[Any, ...] = (),
     harmless: bool = False,
+    check: Callable[[Any], object] | None = None,
 ) -> Any:
     """Declare an option of a plugin: a field of its dataclass.
+
+    `choices` are those of a value, or of each in a list. `check` is given a value of the right type, and
+    raises UsherError where it makes no sense.
 
     `harmless` options may be set in the domain's own <metadata>, by whoever may define domains: nothing
     that weakens a refusal or names a path or a command may be.
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "harmless": harmless}
+        default=default, metadata={"help": help, "choices": choices, "harmless": harmless, "check": check}
     )
 
 
@@ -93,6 +104,7 @@ def options_of(plugin: type[Any]) -> dict[str, OptionInfo]:
             f.metadata.get("help", ""),
             f.metadata.get("choices", ()),
             f.metadata.get("harmless", False),
+            f.metadata.get("check"),
         )
     return found
 

@@ -48,7 +48,10 @@ def isolated(host: CpuHost, xml: bytes, **options: object) -> str:
 
 
 def refusals(host: CpuHost, xml: bytes, **options: object) -> str:
-    return "\n".join(p.message for p in plan(host, xml, **options).problems)
+    """Return why a start is refused; each reason must come with what to do."""
+    problems = plan(host, xml, **options).problems
+    assert all(p.hint for p in problems)
+    return "\n".join(p.message for p in problems)
 
 
 def test_whole_cores_of_the_pinned_cpus_are_isolated(quad: CpuHost) -> None:
@@ -107,6 +110,27 @@ def test_a_domain_without_pins_is_refused(quad: CpuHost) -> None:
     assert "the domain is pinned to no CPUs" in refusals(quad, domain_xml())
 
 
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ('cpus = "2-x"', "cpus: '2-x' is not a list of numbers such as '0-3,8'"),
+        ('keep = "5-2"', "keep: '5-2' has a range that makes no sense"),
+        (
+            'pins = ["vcpu", "emulater"]',
+            "pins: 'emulater' is none of vcpu, iothread, emulator (did you mean 'emulator'",
+        ),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named_with_its_file(
+    quad: CpuHost, option: str, reason: str
+) -> None:
+    quad.domain("guest", f"[plugins.cpu_isolation]\n{option}\n")
+    result = run_hook(quad, "guest", "prepare", guest(2, 6))
+    assert result.status != 0
+    assert result.stderr.count("\n  - ") == 1
+    assert f"- /etc/virt-usher/domains/guest.toml: plugins.cpu_isolation.{reason}" in result.stderr
+
+
 def test_pins_outside_the_machine_or_offline_are_refused(quad: CpuHost) -> None:
     assert "CPU 8, which this machine does not have" in refusals(quad, guest(2, 8))
     quad.set_online(6, False)
@@ -148,6 +172,11 @@ def test_a_slice_that_would_lose_all_its_cpus_is_refused(quad: CpuHost) -> None:
     assert isolated(quad, guest(2, 3), units=False) == "2-3,6-7"
     xml = guest(2, 3, emulator="2", more="<resource><partition>/custom</partition></resource>")
     assert isolated(quad, xml) == "2-3,6-7", "its own slice is not confined"
+    # Where a cpuset has no CPU that is online, the kernel silently gives it all of them, isolated ones too.
+    quad.set_online(3, False)
+    quad.set_online(7, False)
+    assert cgroup.effective(quad, "custom.slice") == {2}
+    assert "custom.slice may use CPU 2-3 only" in refusals(quad, guest(2, 6))
 
 
 def test_two_starts_at_once_cannot_both_have_a_cpu(quad: CpuHost) -> None:
