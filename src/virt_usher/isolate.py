@@ -168,7 +168,7 @@ def _moves(
             moves[name] = wanted
         elif now[name] == wanted or (now[name] == own and not untouched):
             continue
-        elif _ours(now[name], original, live, every):
+        elif _ours(now[name], original, live, every) and PARTS[part].takes(host, wanted):
             moves[name] = wanted
         else:
             foreign[name] = now[name]

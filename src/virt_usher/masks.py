@@ -73,6 +73,11 @@ class Masks:
         return {}
 
     @classmethod
+    def takes(cls, host: Host, cpus: Cpus) -> bool:
+        """Whether a mask can be these CPUs."""
+        return True
+
+    @classmethod
     def tidy(cls, host: LiveHost, was: Originals) -> None:
         """Remove what else we left, after the last domain."""
 
@@ -90,6 +95,11 @@ class Irqs(Masks):
     @classmethod
     def paths(cls, host: Host) -> list[str]:
         return irq.affinities(host)
+
+    @classmethod
+    def takes(cls, host: Host, cpus: Cpus) -> bool:
+        # Only offline CPUs: EINVAL; the kernel itself moves an interrupt that has no other.
+        return bool(cpus & host.online_cpus)
 
     @classmethod
     def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:

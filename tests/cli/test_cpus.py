@@ -33,11 +33,33 @@ def quad(tmp_path: Path) -> CpuHost:
 
 def test_the_picture_says_who_has_which_cpu(cli: Cli, quad: CpuHost) -> None:
     assert cli("cpus", host=quad).out.splitlines() == [
-        "socket 0, node 0, cache 0-7",
-        "  8 with schedutil 1.2 GHz",
+        "socket 0, node 0, cache of CPUs 0-7",
+        "  schedutil at 1.2 GHz",
         "  0 h  1 h  2 W  3 d",
         "  4 h  5 h  6 W  7 h",
         "h host, D dev, W win",
+    ]
+
+
+def test_governors_and_domains_that_differ_are_told_apart(cli: Cli, quad: CpuHost) -> None:
+    for cpu in (2, 6):
+        quad.file(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor", "performance")
+        quad.file(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq", f"{cpu}000000")
+    long = "w" * 70
+    quad.domain(long, "[plugins.cpu_isolation]\nshare = true\nwhole_cores = false\n")
+    assert run_hook(quad, long, "prepare", domain_xml(long, "<vcpu cpuset='6'>1</vcpu>")).status == 0
+    quad.set_online(7, False)
+    assert cli("cpus", host=quad).out.splitlines() == [
+        "socket 0, node 0, cache of CPUs 0-6",
+        "  schedutil on 0-1,3-5 at 1.2 GHz, performance on 2,6 at 2.0 to 6.0 GHz",
+        "  0 h  1 h  2 W  3 d",
+        "  4 h  5 h  6 +",
+        "offline: 7",
+        "h host",
+        "D dev",
+        "W win",
+        f"A {long}",
+        "+ several",
     ]
 
 

@@ -74,8 +74,11 @@ def test_masks_that_somebody_set_meanwhile_are_named(cli: Cli, tmp_path: Path) -
     host.qemu_runs("guest")
     assert cli("status", host=host).status == 0
     host.write("/proc/irq/9/smp_affinity_list", "2")
+    host.write("/sys/devices/virtual/workqueue/writeback/cpumask", "c")
+    host.systemctl("--runtime", "set-property", "--", "system.slice", "AllowedCPUs=1")
     ran = cli("status", host=host)
-    assert (ran.status, "not as the domains' claims want them: " in ran.out) == (1, True)
+    told = [x.rpartition(": ")[2] for x in ran.out.splitlines() if "not as the domains' claims want" in x]
+    assert (ran.status, told) == (1, ["9", "writeback/cpumask", "system.slice"])
 
 
 def test_a_change_of_a_kind_unknown_here_is_told_all_the_same(cli: Cli, pc: FakeHost) -> None:

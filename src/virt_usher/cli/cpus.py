@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections import Counter
 from typing import Any
 
 import click
@@ -34,14 +33,14 @@ def command(usher: base.Usher, as_json: bool) -> int:
         return base.finish(False)
     letters = _letters(found)
     for group in found["groups"]:
-        click.secho(f"socket {group['socket']}, node {group['node']}, cache {group['cache']}", bold=True)
-        clocks = ", ".join(group["clocks"])
-        if clocks:
-            base.say(clocks, 2)
+        place = f"socket {group['socket']}, node {group['node']}, cache of CPUs {group['cache']}"
+        click.secho(place, bold=True)
+        if group["clocks"]:
+            base.say(", ".join(group["clocks"]), 2)
         _draw(group["cores"], found["cpus"], letters)
     if found["offline"]:
         base.say(f"offline: {cpulist.show(found['offline'])}")
-    click.echo("h host" + "".join(f", {_key(n, letters)} {printable(n)}" for n in sorted(letters)))
+    _legend(found["cpus"], letters)
     return base.finish(False)
 
 
@@ -92,13 +91,18 @@ def running(host: Host) -> dict[str, frozenset[int]]:
 
 
 def _clocks(host: Host, cpus: set[int]) -> list[str]:
-    """Say which governors and frequencies CPUs have: one line for all that are alike."""
-    counted: Counter[str] = Counter()
-    for cpu in cpus:
+    """Say which governors and frequencies CPUs have: one text for each governor."""
+    found: dict[str, dict[int, float]] = {}
+    for cpu in sorted(cpus):
         base_dir = f"{CPUS}/cpu{cpu}/cpufreq"
         if governor := host.get(f"{base_dir}/scaling_governor"):
-            counted[f"{governor} {host.number(f'{base_dir}/scaling_cur_freq') / 1e6:.1f} GHz"] += 1
-    return [f"{count} with {text}" for text, count in sorted(counted.items())]
+            found.setdefault(governor, {})[cpu] = host.number(f"{base_dir}/scaling_cur_freq") / 1e6
+    told = []
+    for governor, clocks in found.items():
+        low, high = (f"{edge(clocks.values()):.1f}" for edge in (min, max))
+        which = f" on {cpulist.show(clocks)}" if len(found) > 1 else ""
+        told.append(f"{governor}{which} at {low if low == high else f'{low} to {high}'} GHz")
+    return told
 
 
 def _letters(found: dict[str, Any]) -> dict[str, str]:
@@ -112,8 +116,14 @@ def _letters(found: dict[str, Any]) -> dict[str, str]:
     return letters
 
 
-def _key(name: str, letters: dict[str, str]) -> str:
-    return click.style(letters[name], fg=_colour(name, letters))
+def _legend(cpus: dict[int, dict[str, Any]], letters: dict[str, str]) -> None:
+    """Say what the letters mean: in one line if that fits, and else one by one."""
+    names = {name: f"{letters[name]} {printable(name)}" for name in sorted(letters)}
+    shared = any(len(cpu["isolated"] or cpu["pinned"]) > 1 for cpu in cpus.values())
+    plain = ["h host", *names.values(), *(["+ several"] if shared else [])]
+    styled = [click.style(text, fg=_colour(name, letters)) for name, text in names.items()]
+    between = ", " if len(", ".join(plain)) <= base.WIDTH else "\n"
+    click.echo(between.join([plain[0], *styled, *plain[1 + len(styled) :]]))
 
 
 def _colour(name: str, letters: dict[str, str]) -> str:

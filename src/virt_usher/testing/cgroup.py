@@ -9,6 +9,7 @@ delegated all controllers): as long as there is one, a cpuset cannot be emptied.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -143,10 +144,10 @@ class CgroupKernel(Tree):
             self.file(f"{base}/cpuset.cpus").file(f"{base}/cpuset.cpus.effective")
         return self
 
-    def irq(self, number: int, cpus: str, managed: bool = False) -> Self:
-        """Add an interrupt; one that its driver manages cannot be moved."""
+    def irq(self, number: int, cpus: str, managed: bool = False, answer: int = errno.EPERM) -> Self:
+        """Add an interrupt; one that its driver manages cannot be moved (EIO before Linux 6.3)."""
         if managed:
-            self.hide(f"managed.{number}", "yes")
+            self.hide(f"managed.{number}", str(answer))
         if not self.exists(irq.DEFAULT):
             self.file(irq.DEFAULT, irq.mask(self._online()))
         return self.file(f"{irq.IRQS}/{number}/smp_affinity_list", cpus)
@@ -179,6 +180,11 @@ class CgroupKernel(Tree):
         with self.step():
             now = self._online() | {cpu} if online else self._online() - {cpu}
             self.put(f"{topology.CPUS}/online", cpulist.show(now))
+            for path in self._groups():  # who shares a core, a cache or a node: of those online
+                known = f"whole{path.replace('/', '.')}"
+                if not self.hidden(known):
+                    self.hide(known, self.read(path))
+                self.put(path, cpulist.show(cpulist.parse(self.hidden(known)) & now))
             for number in self.entries(irq.IRQS):
                 path = f"{irq.IRQS}/{number}/smp_affinity_list"
                 if self.exists(path) and not cpulist.parse(self.read(path)) & now:
@@ -193,8 +199,8 @@ class CgroupKernel(Tree):
 
     def store(self, path: str, value: str) -> None:
         if m := _IRQ.fullmatch(path):
-            if self.hidden(f"managed.{m[1]}"):
-                raise OSError(errno.EPERM, "managed by its driver")
+            if answer := self.hidden(f"managed.{m[1]}"):
+                raise OSError(int(answer), os.strerror(int(answer)))
             self._set_mask(path, cpulist.parse(value), value)
         elif path == irq.DEFAULT:
             self._set_mask(path, irq.unmask(value.strip()), value)
@@ -235,6 +241,13 @@ class CgroupKernel(Tree):
         if Path(self.path(f"{base}/cpuset.cpus.effective")).read_text() != text + "\n":
             with self.step():
                 self.put(f"{base}/cpuset.cpus.effective", text)
+
+    def _groups(self) -> list[str]:
+        """Return the files that say which CPUs belong together."""
+        cpus = [f"{topology.CPUS}/{n}" for n in self.entries(topology.CPUS) if n[3:].isdigit()]
+        nodes = [f"{topology.NODES}/{n}/cpulist" for n in self.entries(topology.NODES) if n[4:].isdigit()]
+        inside = ("topology/thread_siblings_list", "cache/index3/shared_cpu_list")
+        return [f for f in (*nodes, *(f"{c}/{i}" for c in cpus for i in inside)) if self.exists(f)]
 
     def _online(self) -> frozenset[int]:
         return cpulist.parse(self.get(f"{topology.CPUS}/online"))
