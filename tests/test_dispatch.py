@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def test_a_hanging_start_is_answered_at_the_deadline_and_undoes_itself(pc: FakeH
     result = run_hook(pc, "guest", "prepare", xml)
     assert result.status == 3
     assert "was not ready in time" in result.stderr
+    assert re.search(r"pid \d+ .*, at: governor: .* → performance", result.stderr), result.stderr
     eventually(lambda: pc.stalled, "the worker reaches the kernel")
     assert pc.pages(0)[0] == 10, "the worker is stuck in the kernel and cannot have given back anything"
     assert '"abandoned"' in pc.journal("guest")

@@ -111,9 +111,9 @@ def _keep_deadline(event: Event, host: LiveHost) -> tuple[int, str]:
         except BlockingIOError:  # the worker was first: its answer is on its way
             answer = _listen(results, time.monotonic() + 5)
     if answer is None:
-        _abandon(event, host, pid)
         answer = (
             f"virt-usher is still busy with '{printable(event.name)}' and was not ready in time\n"
+            f"  {printable(_abandon(event, host, pid))}\n"
             "  it gives back what it took as soon as it can; see: virt-usher status"
         )
     elif answer == "died" and event.may_refuse:
@@ -152,17 +152,21 @@ def _obituary(pid: int, event: Event) -> str:
     )
 
 
-def _abandon(event: Event, host: LiveHost, pid: int) -> None:
-    """Leave a note in the journal that the worker goes on alone; what it holds stays claimed."""
+def _abandon(event: Event, host: LiveHost, pid: int) -> str:
+    """Leave a note in the journal that the worker goes on alone; what it holds stays claimed.
+
+    Returns what the worker is doing.
+    """
     journal = Journal(host, event.name)
     with contextlib.suppress(OSError):  # no journal, or a full /run: the log has it as well
         journal.append({"abandoned": [pid, host.started_at(pid)], "at": time.time()})
-    log.say(
-        log.ERROR,
-        event.name,
-        journal.start_id,
-        f"{event.operation}: pid {pid} is not ready in time: left alone",
-    )
+    where = host.waits_in(pid)
+    doing = f"pid {pid} " + (f"waits in the kernel in {where}" if where else "runs")
+    step = next((s for s in reversed(journal.live()) if not s.state), None)
+    doing += f", at: {step.data.get('plugin')}: {step.data.get('what')}" if step else ""
+    text = f"{event.operation}: not ready in time: {doing}: left alone"
+    log.say(log.ERROR, event.name, journal.start_id, text)
+    return doing
 
 
 def _work(line: Line) -> NoReturn:

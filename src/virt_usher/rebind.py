@@ -279,8 +279,8 @@ def _whose(host: Host, step: Step) -> str:
     for record in step.journal.records:
         pid, started = record.get("abandoned", (0, 0))
         if pid and host.started_at(pid) == started:
-            where = host.get(f"/proc/{pid}/wchan", "?")
-            return f"domain {step.domain!r}, whose hook (pid {pid}) hangs in the kernel in {where}"
+            where = host.waits_in(pid) or "?"
+            return f"domain {step.domain!r}, whose hook (pid {pid}) waits in the kernel in {where}"
     return f"domain {step.domain!r}"
 
 

@@ -103,6 +103,11 @@ class Host:
         except (OSError, ValueError, IndexError):
             return None
 
+    def waits_in(self, pid: int) -> str:
+        """Return the kernel's function that a process sleeps in, '' if it runs or nobody knows."""
+        where = self.get(f"/proc/{pid}/wchan")
+        return "" if where == "0" else where
+
     def calling_daemon(self) -> int:
         """Return the pid that started the shell that started this hook: libvirt's daemon; 0 if gone.
 

@@ -44,6 +44,5 @@ def _worker(host: LiveHost, pid: int, started: int | None) -> dict[str, Any] | N
     """Tell what an abandoned worker waits for; None if it has ended."""
     if started is None or host.started_at(pid) != started:
         return None
-    waits_in = host.get(f"/proc/{pid}/wchan", "0")
     stack = host.get(f"/proc/{pid}/stack").splitlines()
-    return {"pid": pid, "waits_in": "no system call" if waits_in == "0" else waits_in, "stack": stack}
+    return {"pid": pid, "waits_in": host.waits_in(pid) or "no system call", "stack": stack}
