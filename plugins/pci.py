@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from virt_usher import BindDriver, Domain, Host, Plan, Problem, hookimpl, option, rebind
-from virt_usher.host import users
+from virt_usher.host import users, vfio
 from virt_usher.host.pci import Device
+from virt_usher.host.quirks import Quirks
+from virt_usher.hostdev import canonical
 
 NO_DMA = ("pci-stub", "pcieport")  # they leave the group to vfio (driver_managed_dma), as vfio's own do
-WAIVABLE = (users.USE, users.DISPLAY)
+WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class Plugin:
     group: bool = option(False, help="take what else is in the devices' IOMMU groups too, bridges excepted")
     driver: str = option("auto", help="driver for what libvirt does not manage; auto is the best vfio driver")
     keep_awake: bool = option(False, help="keep the devices out of D3, where they do not come back from it")
+    expect: tuple[str, ...] = option((), help="which device must be where, as 0000:01:00.0=10de:1288")
 
     @hookimpl
     def usher_prepare(self, domain: Domain, host: Host) -> Iterator[BindDriver]:
@@ -39,7 +41,7 @@ class Plugin:
     def _unmanaged(self, device: Device, host: Host) -> str:
         if self.driver != "auto":
             return self.driver
-        return device.driver if device.on_vfio else best_driver(device, host)
+        return device.driver if device.on_vfio else vfio.best_driver(host, device)
 
     @hookimpl
     def usher_wants(self, domain: Domain) -> bool:
@@ -55,14 +57,34 @@ class Plugin:
         binds = {a.address: a for a in plan.actions if isinstance(a, BindDriver)}
         given = [host.pci.device(d.address) for d in domain.pci_devices]
         yield from _absent_or_bridge(given, domain)
+        yield from self._unexpected(given, domain)
+        quirks = Quirks(host)
         for address, bind in binds.items():
             device = host.pci.device(address)
             if holder := rebind.holder(host, bind.key, domain.name):
                 yield Problem(f"{address} is held by {holder}", "virt-usher status")
-            yield from _cannot_bind(device, bind.driver, host)
-            for user in bind.users:
-                yield _problem(domain, device, user.problem, user.what, user.hint)
+            found: list[users.User | vfio.Obstacle] = [
+                *vfio.obstacles(host, device, bind.driver, quirks),
+                *bind.users,
+            ]
+            yield from (_problem(domain, device, f.problem, f.what, f.hint) for f in found)
         yield from _groups(domain, [*given, *(host.pci.device(a) for a in binds)], set(binds))
+
+    def _unexpected(self, devices: list[Device], domain: Domain) -> Iterator[Problem]:
+        """Compare what is there with what an admin said must be: addresses change with the slots in use."""
+        wanted = {}
+        for text in self.expect:
+            address, _, id_ = (part.strip().lower() for part in text.partition("="))
+            if not canonical(address) or len(id_) != 9 or id_[4] != ":":
+                yield Problem(f"expect: {text!r} is not of the form 0000:01:00.0=10de:1288", "lspci -Dnn")
+            else:
+                wanted[canonical(address)] = id_
+        for device in devices:
+            id_ = wanted.get(device.address, device.id)
+            if id_ != device.id:
+                now = [d.address for d in device.pci.devices if d.id == id_]
+                hint = f"it is at {' and '.join(now)}: virsh edit {_name(domain)}" if now else "lspci -Dnn"
+                yield Problem(f"{device.address} is {device.id or 'not there'}, and {id_} is expected", hint)
 
 
 def _name(domain: Domain) -> str:
@@ -72,7 +94,7 @@ def _name(domain: Domain) -> str:
 def _problem(domain: Domain, device: Device, problem: str, what: str, hint: str) -> Problem:
     """Make a problem, with the waiver of it as the other way out where there is one."""
     text = f"{device.address} ({device.id}) {what}"
-    if problem not in (*WAIVABLE, "group"):
+    if problem not in WAIVABLE:
         return Problem(text, hint)
     waive = f"virt-usher waive {_name(domain)} {device.address} {problem} 'REASON'"
     return Problem(text, f"{hint}; or: {waive}", (device.address, device.id, problem))
@@ -85,21 +107,6 @@ def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem
             yield Problem(f"{device.address} is not in this host", f"lspci -D shows what is; {edit}")
         elif device.is_bridge:
             yield Problem(f"{device.address} is a bridge, which no domain can have", edit)
-
-
-def _cannot_bind(device: Device, driver: str, host: Host) -> Iterator[Problem]:
-    if "vfio" in driver and not device.group:
-        hint = "switch it on in the firmware, and boot with intel_iommu=on; see: virt-usher doctor"
-        yield Problem(f"{device.address} has no IOMMU group: the IOMMU is off", hint)
-    if not driver.replace("-", "").replace("_", "").isalnum():  # it becomes a part of paths
-        yield Problem(f"{device.address}: {driver!r} cannot be the name of a driver")
-    elif not host.exists(f"/sys/bus/pci/drivers/{driver}"):
-        modules = f"/lib/modules/{host.get('/proc/sys/kernel/osrelease')}"
-        listed = "".join(host.get(f"{modules}/modules.{n}") for n in ("dep", "builtin")).replace("-", "_")
-        if f"/{driver.replace('-', '_')}.ko" not in listed:
-            yield Problem(
-                f"{device.address}: this kernel has no driver {driver!r}", "ls /sys/bus/pci/drivers"
-            )
 
 
 def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[Problem]:
@@ -115,19 +122,3 @@ def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[
                 hint = f"echo {other.address} >/sys/bus/pci/drivers/{other.driver}/unbind"
             what = f"shares IOMMU group {group} with {other.address}, which stays with {other.driver}"
             yield _problem(domain, first, "group", what, hint)
-
-
-def best_driver(device: Device, host: Host) -> str:
-    """Return the vfio driver made for a device: the vfio_pci: alias with the fewest wildcards wins.
-
-    Drivers of that kind are called as their module is; the general one is not.
-    """
-    alias = f"vfio_{device.modalias}"
-    found = {}
-    text = host.get(f"/lib/modules/{host.get('/proc/sys/kernel/osrelease')}/modules.alias")
-    for line in text.splitlines() if "alias vfio_pci:" in text else []:
-        words = line.split()
-        if line.startswith("alias vfio_pci:") and len(words) == 3 and fnmatchcase(alias, words[1]):
-            found[words[1].count("*")] = words[2]
-    best = found[min(found)] if found else "vfio_pci"
-    return "vfio-pci" if best.replace("-", "_") == "vfio_pci" else best

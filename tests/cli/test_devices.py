@@ -16,6 +16,7 @@ from tests.host import machines
 from virt_usher.cli import main
 from virt_usher.host.pci import claim_key
 from virt_usher.testing import FakeHost
+from virt_usher.testing.pci import PciHost
 
 
 @pytest.fixture
@@ -76,6 +77,52 @@ def test_who_holds_a_device_is_told(cli: Cli, pc: FakeHost) -> None:
     assert "domain win10: 0000:06:00.0 (held now)" in cli("devices").out
     held = {d["address"]: d["held_by"] for d in cli("devices", "--json").json}
     assert {a for a, name in held.items() if name == "win10"} == {"0000:06:00.0"}
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> PciHost:
+    """A desktop: a disk, two cards of which a guest has one, two keyboards."""
+    host = PciHost(tmp_path / "bus").driver("vfio-pci")
+    host.device("0000:01:00.0", "10de:13c2", "vfio-pci", kind="030000", group=1)
+    host.device("0000:01:00.1", "10de:0fbb", "vfio-pci", kind="040300", group=1)
+    host.runs("qemu-system-x86", "/dev/vfio/1", guest="win10")
+    host.device("0000:02:00.0", "144d:a80a", "nvme", kind="010802")
+    host.hangs_on("0000:02:00.0", "block", "nvme0n1", dev="259:0")
+    host.file("/proc/1/mountinfo", "30 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
+    host.device("0000:03:00.0", "8086:37c8", "c6xx", kind="0b4000")
+    for number in (4, 5):
+        address = f"0000:{number:02}:00.0"
+        host.device(address, "1b36:000d", "xhci_hcd", kind="0c0330")
+        host.hangs_on(address, "input", f"input{number}", **{"name": "Keys", "capabilities/key": "fffffffe"})
+    return host
+
+
+IN_THE_WAY = {
+    "0000:01:00.0": ("guest", "is in use by qemu-system-x86 (pid "),
+    "0000:01:00.1": ("guest", "is in use by qemu-system-x86 (pid "),
+    "0000:02:00.0": ("data", "carries what is mounted on /"),
+    "0000:03:00.0": ("vfio", "is on vfio-pci's list of devices that it refuses (Intel QAT C62x)"),
+    "0000:04:00.0": ("", ""),
+    "0000:05:00.0": ("", ""),
+}
+
+
+def test_who_uses_a_device_is_told_in_a_word_and_in_full(cli: Cli, bus: PciHost) -> None:
+    found = {d["address"]: d["in_the_way"] for d in cli("devices", "--json", host=bus).json}
+    out = cli("devices", host=bus).out
+    assert found.keys() == IN_THE_WAY.keys()
+    for address, (word, what) in IN_THE_WAY.items():
+        assert [u["problem"] for u in found[address]] == [word] * bool(word)
+        assert row(out, address)[4] == (word or "USB")
+        assert any(line.startswith(what) for u in found[address] for line in [u["what"]]) == bool(what)
+    assert "0000:01:00.0, 0000:01:00.1: is in use by qemu-system-x86" in out
+    assert "0000:02:00.0: carries what is mounted on /" in out
+
+
+def test_the_last_keyboard_is_told_where_it_is_the_last(cli: Cli, bus: PciHost) -> None:
+    bus.unplug("0000:05:00.0")
+    os.unlink(bus.path("/sys/class/input/input5"))
+    assert "has the host's last keyboard (Keys): plug" in cli("devices", "--group", "4", host=bus).out
 
 
 def domain_uri(tmp_path: Path, *addresses: str) -> str:

@@ -201,6 +201,15 @@ def _no_iommu(host: FakeHost) -> None:
     os.rename(host.path("/sys/kernel/iommu_groups/0"), host.path("/run/0"))
 
 
+def _not_remapped(host: FakeHost) -> None:
+    host.file("/sys/class/iommu/dmar0/x").file("/sys/kernel/irq/0/chip_name", "IO-APIC")
+
+
+def _unsafe(host: FakeHost) -> None:
+    _not_remapped(host)
+    host.file("/proc/cmdline", "vfio_iommu_type1.allow_unsafe_interrupts=1")
+
+
 def _cgroup_v1(host: FakeHost) -> None:
     os.unlink(host.path("/sys/fs/cgroup/cgroup.controllers"))
 
@@ -220,6 +229,8 @@ WARNINGS: list[tuple[Callable[[FakeHost], None], str, str]] = [
     (_no_daemon, "daemon", "systemctl start libvirtd"),
     (_selinux, "confinement", "virtqemud_t"),
     (_no_iommu, "IOMMU", "intel_iommu=on"),
+    (_not_remapped, "interrupts", "VFIO gives no device to a domain"),
+    (_unsafe, "interrupts", "a guest with a device can send any"),
     (_cgroup_v1, "cgroup", "version 2"),
     (_mounted_later, "huge pages", "restart"),
     (_tuned, "cpufreq", "systemctl disable --now tuned"),
@@ -233,6 +244,11 @@ def test_what_may_matter_is_a_warning_and_not_a_problem(
     changes(good)
     assert text in levels(cli, "warning")[about]
     assert cli("doctor").status == 0
+
+
+def test_remapped_interrupts_are_told(cli: Cli, good: FakeHost) -> None:
+    good.file("/sys/class/iommu/ivhd0/x").file("/sys/kernel/irq/0/chip_name", "IR-IO-APIC")
+    assert levels(cli, "ok")["interrupts"] == "remapped "
 
 
 def test_apparmor_is_told(cli: Cli, good: FakeHost) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -105,7 +107,8 @@ def test_another_driver_by_option(pc: PciHost) -> None:
 def test_the_rest_of_the_group_without_bridges(pc: PciHost) -> None:
     plan = ask(pc, "pci", xml(GPU), {"group": True})
     assert binds(plan) == {GPU: ("vfio-pci", True), AUDIO: ("wide_vfio_pci", False)}
-    assert refusals(plan) == [f"pci: {AUDIO}: this kernel has no driver 'wide_vfio_pci'"]
+    missing = f"pci: {AUDIO} ({AUDIO_ID}) needs 'wide_vfio_pci', a driver this kernel has not"
+    assert refusals(plan) == [missing]
 
 
 def test_a_whole_domain(pc: PciHost) -> None:
@@ -179,9 +182,72 @@ def test_a_bridge_and_an_absent_device(pc: PciHost) -> None:
     assert PORT not in binds(plan)
 
 
+def denylist(pc: PciHost) -> None:
+    pc.file(f"{pc.real('0000:05:00.0')}/device", "0x37c9")
+
+
+def rmrr(pc: PciHost) -> None:
+    pc.file(
+        "/sys/kernel/iommu_groups/5/reserved_regions",
+        f"0x00 0x01 direct-relaxable\n{MSI}\n0x02 0x03 direct\n",
+    )
+
+
+def no_remapping(pc: PciHost) -> None:
+    pc.link_to("/sys/class/iommu/dmar0", "../../devices/virtual/iommu/dmar0").file(
+        "/sys/devices/virtual/iommu/dmar0/x"
+    )
+    for number, chip in enumerate(("IO-APIC", "IO-APIC", "XT-PIC")):
+        pc.file(f"/sys/kernel/irq/{number}/chip_name", chip)
+
+
+MSI = "0xfee00000 0xfeefffff msi"
+UNSAFE = "allow_unsafe_interrupts"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host where VFIO refuses a device, the refusal, and the file that tells of a way round."""
+
+    what: Callable[[PciHost], None]
+    says: str
+    file: str = ""
+    text: str = ""
+
+
+HOSTS = [
+    Host(denylist, "vfio-pci's list of devices that it refuses (Intel QAT C62x VF)"),
+    Host(denylist, "", "/sys/module/vfio_pci/parameters/disable_denylist", "Y"),
+    Host(denylist, "vfio-pci's list", "/sys/module/vfio_pci/parameters/disable_denylist", "N"),
+    Host(denylist, "", "/etc/modprobe.d/vfio.conf", "options vfio-pci disable_denylist=1"),
+    Host(denylist, "", "/proc/cmdline", "quiet vfio_pci.disable_denylist=1"),
+    Host(rmrr, "shares memory with the firmware (a 'direct' region of IOMMU group 5, RMRR)"),
+    Host(rmrr, "", "/sys/kernel/iommu_groups/5/reserved_regions", f"0x00 0x01 direct-relaxable\n{MSI}"),
+    Host(no_remapping, "this host does not remap them"),
+    Host(no_remapping, "", "/sys/kernel/irq/0/chip_name", "IR-IO-APIC"),
+    Host(no_remapping, "", f"/sys/module/vfio_iommu_type1/parameters/{UNSAFE}", "Y"),
+    Host(no_remapping, "this host does not", f"/sys/module/vfio_iommu_type1/parameters/{UNSAFE}", "N"),
+    Host(no_remapping, "", "/etc/modprobe.d/x.conf", f"options vfio_iommu_type1 {UNSAFE}=1"),
+]
+
+
+@pytest.mark.parametrize("case", HOSTS, ids=lambda c: f"{c.what.__name__}-{c.file.rpartition('/')[2]}")
+def test_what_vfio_would_refuse_is_said_before_anything_is_touched(pc: PciHost, case: Host) -> None:
+    pc.device("0000:05:00.0", "8086:10d3", "e1000e")
+    case.what(pc)
+    if case.file:
+        pc.file(case.file, case.text)
+    plan = ask(pc, "pci", xml("0000:05:00.0"))
+    assert [case.says in p for p in refusals(plan)] == [True] * bool(case.says)
+    assert all("virt-usher waive guest 0000:05:00.0 vfio 'REASON'" in p.hint for p in plan.problems)
+    assert not refusals(ask(pc, "pci", xml("0000:05:00.0", managed="no"), {"driver": "pci-stub"}))
+
+
 def test_no_iommu(tmp_path: Path) -> None:
     host = PciHost(tmp_path).driver("vfio-pci").device(GPU, GPU_ID, "nouveau", group=-1)
-    assert refusals(ask(host, "pci", xml(GPU))) == [f"pci: {GPU} has no IOMMU group: the IOMMU is off"]
+    no_remapping(host)
+    expected = f"pci: {GPU} ({GPU_ID}) has no IOMMU group: the IOMMU is off"
+    assert refusals(ask(host, "pci", xml(GPU))) == [expected]
 
 
 @pytest.mark.parametrize("listed", ["dep", "builtin", ""])
@@ -190,13 +256,38 @@ def test_a_driver_that_is_not_loaded_must_be_on_the_disk(tmp_path: Path, listed:
     if listed:
         text = "kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz"
         host.file(f"/lib/modules/{KERNEL}/modules.{listed}", text)
-    expected = [] if listed else [f"pci: {GPU}: this kernel has no driver 'vfio-pci'"]
-    assert refusals(ask(host, "pci", xml(GPU))) == expected
+    missing = f"pci: {GPU} ({GPU_ID}) needs 'vfio-pci', a driver this kernel has not"
+    assert refusals(ask(host, "pci", xml(GPU))) == ([] if listed else [missing])
 
 
 def test_a_name_that_is_none(pc: PciHost) -> None:
     odd = xml(GPU, AUDIO, inner="<driver model='../../../../tmp/x'/>")
-    assert f"pci: {GPU}: '../../../../tmp/x' cannot be the name of a driver" in refusals(ask(pc, "pci", odd))
+    expected = f"pci: {GPU} ({GPU_ID}) cannot have '../../../../tmp/x', which is no driver's name"
+    assert expected in refusals(ask(pc, "pci", odd))
+
+
+EXPECTED = [
+    (f"{GPU}={GPU_ID}", "", ""),
+    (f"01:00.0 = {GPU_ID.upper()}", "", ""),
+    ("0000:09:00.0=dead:beef", "", ""),  # none of this domain's
+    (f"{GPU}=1002:67df", f"{GPU} is {GPU_ID}, and 1002:67df is expected", "lspci -Dnn"),
+    (
+        f"{GPU}={AUDIO_ID}",
+        f"{GPU} is {GPU_ID}, and {AUDIO_ID} is expected",
+        f"it is at {AUDIO}: virsh edit guest",
+    ),
+    ("0000:0b:00.0=10de:1288", "0000:0b:00.0 is not there, and 10de:1288 is expected", "lspci -Dnn"),
+    (GPU, f"expect: '{GPU}' is not of the form 0000:01:00.0=10de:1288", "lspci -Dnn"),
+    ("gpu=10de:1288", "expect: 'gpu=10de:1288' is not of the form", "lspci -Dnn"),
+]
+
+
+@pytest.mark.parametrize(("entry", "says", "hint"), EXPECTED)
+def test_another_device_than_the_admin_expects(pc: PciHost, entry: str, says: str, hint: str) -> None:
+    gone = ("0000:0b:00.0",) if "0b" in entry else ()
+    plan = ask(pc, "pci", xml(GPU, AUDIO, *gone), {"expect": [entry]})
+    found = [p for p in plan.problems if "expect" in p.message]
+    assert [(says in p.message, p.hint) for p in found] == [(True, hint)] * bool(says)
 
 
 def test_everything_at_once_and_nothing_touched(pc: PciHost) -> None:

@@ -11,7 +11,7 @@ import click
 from virt_usher.cli import base
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError, printable
-from virt_usher.host import Host, reset
+from virt_usher.host import Host, reset, users, vfio
 from virt_usher.host.pci import Device, Pci, claim_key
 from virt_usher.host.quirks import Quirks
 from virt_usher.hostdev import PciHostdev
@@ -56,8 +56,8 @@ _GIVEN = dict[str, list[PciHostdev]]
 def command(usher: base.Usher, group: str | None, domain: str | None, as_json: bool) -> int:
     """Show what can be passed through, and what stands in the way.
 
-    By IOMMU group: each device with its driver, and how it can be reset when its domain stops. Nothing is
-    changed. With --domain, ends with status 1 if the domain has a device that cannot be reset.
+    By IOMMU group: each device with its driver, how it can be reset when its domain stops, and who uses it
+    now. Nothing is changed. With --domain, ends with status 1 if it has a device that cannot be reset.
     """
     given, silence = _given(usher, domain)
     pci = usher.host.pci
@@ -71,7 +71,8 @@ def command(usher: base.Usher, group: str | None, domain: str | None, as_json: b
     if group is not None and not found:
         raise UsherError(f"there is no IOMMU group {group!r}", "virt-usher devices shows all of them")
     _add_names(usher.host, found)
-    _add_users(usher, found, given)
+    _add_holders(usher, found, given)
+    _add_users(usher.host, pci, found)
     if as_json:
         base.say_json(found)
     else:
@@ -171,7 +172,7 @@ def _add_names(host: Host, found: Iterable[dict[str, Any]]) -> None:
         one["name"] = names.get(one["address"], "")
 
 
-def _add_users(usher: base.Usher, found: Iterable[dict[str, Any]], given: _GIVEN) -> None:
+def _add_holders(usher: base.Usher, found: Iterable[dict[str, Any]], given: _GIVEN) -> None:
     """Add who holds a device, by the journals, and which domains are configured to get it."""
     held = {step.key: journal.name for journal in usher.journals() for step in journal.live()}
     for one in found:
@@ -179,9 +180,31 @@ def _add_users(usher: base.Usher, found: Iterable[dict[str, Any]], given: _GIVEN
         one["domains"] = sorted(n for n, ds in given.items() if one["address"] in {d.address for d in ds})
 
 
+def _add_users(host: Host, pci: Pci, found: Iterable[dict[str, Any]]) -> None:
+    """Add what keeps each device from a domain now, as the plugin pci would say; one walk over /proc."""
+    quirks = Quirks(host)
+    asked = [one for one in found if not _stays(one) and one["id"]]
+    using = users.find(host, [one["address"] for one in asked], together=False)
+    for one in found:
+        one["in_the_way"] = []
+    for one in asked:
+        device = pci.device(one["address"])
+        driver = device.driver if device.on_vfio else "vfio-pci"
+        guest = (users.GUEST, one["group"])  # found once for a group, which a guest has as a whole
+        standing: list[users.User | vfio.Obstacle] = [
+            *(o for o in vfio.obstacles(host, device, driver, quirks) if o.problem == vfio.WAIVABLE),
+            *(
+                u
+                for u in using
+                if u.address == one["address"] or (u.problem, pci.device(u.address).group) == guest
+            ),
+        ]
+        one["in_the_way"] = [{"problem": f.problem, "what": f.what, "hint": f.hint} for f in standing]
+
+
 def _show_table(found: list[dict[str, Any]]) -> None:
     """Print a line for each device; on a terminal it is cut at 80 columns, never in a pipe."""
-    heads = ["GROUP", "ADDRESS", "DRIVER", "RESET", "NODE", "MSI", "DEVICE"]
+    heads = ["GROUP", "ADDRESS", "DRIVER", "RESET", "USE", "NODE", "MSI", "DEVICE"]
     rows = [_row(d) for d in found]
     widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads) - 1)]
     width = base.WIDTH if sys.stdout.isatty() else 1 << 20
@@ -194,13 +217,16 @@ def _row(one: dict[str, Any]) -> list[str]:
     node = "" if one["numa_node"] is None else str(one["numa_node"])
     word = "-" if _stays(one) else _word(one["reset"])
     about = f"{one['kind']} {one['id']} {'(boot VGA) ' * one['boot_vga']}{one['name']}"
-    return [one["group"] or "-", one["address"], one["driver"], word, node, one["msi"], about]
+    use = next((f["problem"] for f in one["in_the_way"]), "")
+    return [one["group"] or "-", one["address"], one["driver"], word, use, node, one["msi"], about]
 
 
 def _show_obstacles(found: list[dict[str, Any]]) -> None:
-    """Say why devices cannot be reset, each reason once."""
+    """Say who uses devices, and why they cannot be reset; each reason once."""
     reasons: dict[str, list[str]] = {}
     for one in found:
+        for standing in one["in_the_way"]:
+            reasons.setdefault(standing["what"], []).append(one["address"])
         if not _stays(one) and one["reset"]["verdict"] not in (reset.FUNCTION, reset.HOT):
             reasons.setdefault(one["reset"]["why"], []).append(one["address"])
     for why, addresses in reasons.items():
@@ -232,6 +258,7 @@ def _facts(one: dict[str, Any]) -> Iterator[str]:
         msi = f", MSI {one['msi']}" if one["msi"] else ""
         yield f"driver {one['driver'] or 'none'}{override}{node}{msi}"
     yield one["reset"]["why"]
+    yield from (f"{f['what']}: {f['hint']}" for f in one["in_the_way"])
     if one["held_by"]:
         yield f"held by domain {one['held_by']}"
     if one["domains"]:

@@ -25,10 +25,10 @@ KINDS = (
     "no_flr",  # function level reset does not work; kernels that know do not list it
     "amd_reset_bug",  # every reset reports success and leaves it dead, but for the module vendor-reset
     "known_bad",  # an admin's own: no reset is to be trusted
-    # In the table for completeness: kernels show these themselves, as reset_method or by a failed bind.
+    "vfio_denylist",  # vfio-pci does not bind it unless it is told to
+    # In the table for completeness: kernels show these themselves, as reset_method.
     "no_pm_reset",
     "device_specific",
-    "vfio_denylist",
 )
 OWN = f"{CONFIG_DIR}/reset-quirks.tsv"
 _ID = re.compile(

@@ -40,17 +40,21 @@ class User:
         return f"User({self.address} {self.problem}: {self.what})"
 
 
-def find(host: Host, addresses: Iterable[str], but: int | None = None) -> list[User]:
-    """Return who uses these devices, the process `but` excepted; at most one walk over all processes."""
-    look = _Look(host, list(addresses), but)
+def find(host: Host, addresses: Iterable[str], but: int | None = None, together: bool = True) -> list[User]:
+    """Return who uses these devices, the process `but` excepted; at most one walk over all processes.
+
+    `together`: all of them would be taken, so that the last keyboard may be one of several.
+    """
+    look = _Look(host, list(addresses), but, together)
     return sorted(look.users(), key=lambda u: (u.address, u.problem != DATA))
 
 
 class _Look:
     """One look at the host, which reads each list of sysfs once."""
 
-    def __init__(self, host: Host, addresses: list[str], but: int | None) -> None:
+    def __init__(self, host: Host, addresses: list[str], but: int | None, together: bool) -> None:
         self.host = host
+        self.together = together
         self.addresses = addresses
         self.but = (os.getpid(), but)
         self._classes: dict[str, dict[str, str]] = {}
@@ -282,6 +286,8 @@ class _Look:
                 mine.setdefault(owner, self.host.get(f"/sys/class/input/{name}/name"))
             elif "/devices/virtual/" not in target:
                 return []
+        if len(mine) > 1 and not self.together:
+            return []
         hint = "plug a keyboard into another controller, if you need one here"
         return [User(a, USE, f"has the host's last keyboard ({name})", hint) for a, name in mine.items()]
 

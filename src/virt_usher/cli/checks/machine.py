@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from virt_usher.cli.checks import Check, ok, warning
-from virt_usher.host import Host
+from virt_usher.host import Host, vfio
 from virt_usher.host.cpu import CPUFREQ
 
 MANAGERS = ("power-profiles-daemon", "tuned", "tuned-ppd")
@@ -22,9 +22,21 @@ def check(host: Host) -> Iterator[Check]:
     groups = len(host.entries("/sys/kernel/iommu_groups"))
     if groups:
         yield ok("IOMMU", f"{groups} groups")
+        yield from _interrupts(host)
     else:
         hint = "switch VT-d or AMD-Vi on in the firmware; on Intel boot with intel_iommu=on"
         yield warning("IOMMU", "no groups: PCI devices cannot be given to domains", hint)
+
+
+def _interrupts(host: Host) -> Iterator[Check]:
+    remapped = vfio.remaps_interrupts(host)
+    if remapped:
+        yield ok("interrupts", "remapped")
+    elif remapped is False:
+        allowed = vfio.allows_unsafe_interrupts(host)
+        text = "a guest with a device can send any" if allowed else "VFIO gives no device to a domain"
+        hint = "switch x2APIC on in the firmware; or see docs/pci.md"
+        yield warning("interrupts", f"not remapped: {text}", hint)
 
 
 def _hugetlbfs(host: Host) -> Iterator[Check]:
