@@ -100,17 +100,17 @@ def test_what_pins_do_not_speak_of_stays(quad: CpuHost) -> None:
     root = etree.fromstring(
         "<domain><vcpu placement='auto' cpuset='1'>8</vcpu>"
         "<cputune><shares>5</shares><vcpupin vcpu='9' cpuset='9'/></cputune><os/><features/>"
-        "<cpu mode='custom'><model>x</model><topology cores='9'/></cpu></domain>"
+        "<cpu mode='custom'><model>x</model><topology clusters='9' cores='9'/></cpu></domain>"
     )
     for text in (
         "<vcpu placement='static'>2</vcpu>",
         "<cputune><vcpupin vcpu='0' cpuset='3'/></cputune>",
         "<numatune><memory nodeset='0'/></numatune>",
-        "<cpu><topology cores='1'/></cpu>",
+        "<cpu><topology sockets='1' cores='2'/></cpu>",
     ):
         merge(root, etree.fromstring(text))
     assert etree.tostring(root).decode() == (
-        '<domain><vcpu placement="static">2</vcpu><cputune><vcpupin vcpu="0" cpuset="3"/>'
-        '<shares>5</shares></cputune><numatune><memory nodeset="0"/></numatune><os/><features/>'
-        '<cpu mode="custom"><topology cores="1"/><model>x</model></cpu></domain>'
+        '<domain><vcpu placement="static">2</vcpu><cputune><shares>5</shares>'
+        '<vcpupin vcpu="0" cpuset="3"/></cputune><numatune><memory nodeset="0"/></numatune><os/><features/>'
+        '<cpu mode="custom"><model>x</model><topology clusters="1" cores="2" sockets="1"/></cpu></domain>'
     )

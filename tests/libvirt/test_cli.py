@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from lxml import etree
 from tests.libvirt.domain import Domain
 from tests.libvirt.pool import nr_pages
 from tests.libvirt.private import PrivateLibvirt, pool_becomes
@@ -55,3 +56,39 @@ def test_a_host_without_cpufreq_skips_the_governor_in_one_line(usher: PrivateLib
     assert result.returncode == 0, result.stderr
     assert usher.destroy(domain).returncode == 0
     assert sum("governor" in line for line in cli(usher, "last", domain.name).stdout.splitlines()) >= 1
+
+
+def test_pins_are_shown_written_and_held(usher: PrivateLibvirt) -> None:
+    """For one vCPU: any machine with a second core has room for it."""
+    domain = Domain(
+        "guest", memory="<memoryBacking><nosharepages/></memoryBacking>", qemu_args=("-no-user-config",)
+    )
+    usher.define(domain)
+    was = inactive(usher, domain)
+    dry = cli(usher, "pins", domain.name)
+    assert (dry.returncode, inactive(usher, domain)) == (0, was), dry.stderr
+    written = cli(usher, "pins", domain.name, "--apply", "--yes")
+    assert written.returncode == 0, written.stderr
+    pin = next(line for line in dry.stdout.splitlines() if "<vcpupin" in line).strip()
+    assert f"+    {pin}" in written.stdout
+    now = inactive(usher, domain)
+    assert now != was
+    assert without_pins(now) == without_pins(was)
+    again = cli(usher, "pins", domain.name, "--apply", "--yes")
+    assert (again.returncode, again.stdout) == (0, "The domain is pinned like this already.\n")
+    assert inactive(usher, domain) == now
+    assert usher.virsh("start", domain.uuid).returncode == 0
+    (cpu,) = {pin.get("cpuset") for pin in etree.fromstring(now).iter("vcpupin")}
+    assert f" {cpu}" in usher.virsh("vcpupin", domain.uuid, "--live").stdout
+    assert usher.destroy(domain).returncode == 0
+
+
+def inactive(usher: PrivateLibvirt, domain: Domain) -> str:
+    return usher.virsh("dumpxml", "--inactive", domain.uuid).stdout
+
+
+def without_pins(xml: str) -> list[str]:
+    """Return all parts of a domain but those that pins are about, whatever their layout."""
+    pinned = {"vcpu", "cputune", "numatune", "cpu"}
+    parts = [part for part in etree.fromstring(xml) if part.tag not in pinned]
+    return [etree.canonicalize(etree.tostring(part, encoding="unicode"), strip_text=True) for part in parts]

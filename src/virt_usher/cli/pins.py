@@ -152,8 +152,22 @@ def merge(root: etree._Element, part: etree._Element) -> None:
             if name in old.attrib:
                 del old.attrib[name]
     else:
+        place = 0
         for name in dict.fromkeys(str(child.tag) for child in part):
-            for gone in old.findall(name):
-                old.remove(gone)
-        for place, child in enumerate(list(part)):
-            old.insert(place, child)
+            gone, new = old.findall(name), part.findall(name)
+            place = old.index(gone[0]) if gone else place
+            for one in gone:
+                old.remove(one)
+            for number, child in enumerate(new):
+                old.insert(place + number, _like(gone[number], child) if number < len(gone) else child)
+            place += len(new)
+
+
+def _like(was: etree._Element, child: etree._Element) -> etree._Element:
+    """Return an element with its attributes as ordered in the one it replaces, or all would look changed.
+
+    Newer versions of libvirt know more levels of a topology (dies, clusters); each that it has is 1.
+    """
+    known = [str(name) for name in was.attrib if name in child.attrib or child.tag == "topology"]
+    new = {str(name): str(value) for name, value in child.attrib.items()}
+    return etree.Element(str(child.tag), attrib={**dict.fromkeys(known, "1"), **new})
