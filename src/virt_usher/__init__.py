@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from virt_usher.actions import Write as Write
     from virt_usher.domain import Domain as Domain
     from virt_usher.errors import UsherError as UsherError
+    from virt_usher.guest import Guest as Guest
     from virt_usher.hookspecs import hookimpl as hookimpl
     from virt_usher.host import Host as Host
     from virt_usher.options import option as option
@@ -41,6 +42,7 @@ _HOMES = {
     ),
     "domain": ("Domain",),
     "errors": ("UsherError",),
+    "guest": ("Guest",),
     "hookspecs": ("hookimpl",),
     "host": ("Host",),
     "options": ("option",),

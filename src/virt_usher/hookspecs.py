@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from virt_usher.actions import Action, Note, Problem
     from virt_usher.domain import Domain
+    from virt_usher.guest import Guest
     from virt_usher.host import Host
     from virt_usher.prepare import Plan
 
@@ -34,8 +35,11 @@ def usher_start(domain: Domain, host: Host) -> Iterable[Action | Note]:
 
 
 @hookspec
-def usher_started(domain: Domain, host: Host) -> Iterable[Action | Note]:
-    """Return what needs the running guest. A failure here is undone alone, and never stops it."""
+def usher_started(domain: Domain, host: Host, guest: Guest) -> Iterable[Action | Note]:
+    """Return what needs the running guest. A failure here is undone alone, and never stops it.
+
+    One that takes `guest` is left out of the plan of a domain that does not run.
+    """
     raise NotImplementedError
 
 

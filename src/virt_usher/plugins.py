@@ -10,11 +10,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
 from virt_usher import hookspecs, options
+from virt_usher.actions import Note
 from virt_usher.config import Enabled, vet
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError, nearest
@@ -23,6 +24,7 @@ from virt_usher.host import CONFIG_DIR, Host
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _HOME = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 Trace = Callable[[str], None]
+_T = TypeVar("_T")
 ADMIN_DIR = f"{CONFIG_DIR}/plugins"
 PACKAGES_DIR = f"{CONFIG_DIR}/packages"  # for pip install --target
 
@@ -179,10 +181,8 @@ class Plugins:
         """Whether any of these plugins has this hook, and something to do in it for this domain."""
         able = {i.plugin_name for i in getattr(self._manager.hook, hook).get_hookimpls()}
         for implementation in self._manager.hook.usher_wants.get_hookimpls():
-            values = {"domain": domain, "operation": operation}
-            with guard(f"plugin {implementation.plugin_name}, usher_wants"):
-                if not implementation.function(*(values[a] for a in implementation.argnames)):
-                    able.discard(implementation.plugin_name)
+            if not self._call(implementation, bool, {"domain": domain, "operation": operation}):
+                able.discard(implementation.plugin_name)
         return bool(able)
 
     def ask(self, hook: str, **arguments: Any) -> Iterator[tuple[str, list[Any] | UsherError]]:
@@ -192,18 +192,36 @@ class Plugins:
         exception: a refusal must give all reasons at once.
         """
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
-            name = implementation.plugin_name
-            values = [arguments[a] for a in implementation.argnames]
             answer: list[Any] | UsherError
-            began = time.monotonic()
             try:
-                with guard(f"plugin {name}, {hook}"):
-                    answer = list(implementation.function(*values) or ())
+                if "guest" in implementation.argnames and arguments["guest"] is None:
+                    answer = [Note("it needs the running guest, and there is none now")]
+                else:
+                    answer = self._call(implementation, _listed, arguments)
             except UsherError as error:
                 answer = error
+            yield implementation.plugin_name, answer
+
+    def _call(self, implementation: Any, read: Callable[[Any], _T], arguments: dict[str, Any]) -> _T:
+        """Call one plugin's hook and read its answer; UsherError is whatever it raised."""
+        name, hook = implementation.plugin_name, implementation.function.__name__
+        values = [arguments[a] for a in implementation.argnames]
+        answer: object = None
+        began = time.monotonic()
+        try:
+            with guard(f"plugin {name}, {hook}"):
+                answer = result = read(implementation.function(*values))
+            return result
+        except UsherError as error:
+            answer = error
+            raise
+        finally:
             if self._trace:
                 told = ", ".join(f"{a}={v!r}" for a, v in zip(implementation.argnames, values, strict=True))
-                self._trace(
-                    f"{name}: {hook}({told}) = {answer!r} in {(time.monotonic() - began) * 1000:.1f} ms"
-                )
-            yield name, answer
+                took = (time.monotonic() - began) * 1000
+                self._trace(f"{name}: {hook}({told}) = {answer!r} in {took:.1f} ms")
+
+
+def _listed(answer: Any) -> list[Any]:
+    """Run through what a hook returned; a generator works, and fails, only now."""
+    return list(answer or ())

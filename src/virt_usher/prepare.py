@@ -18,6 +18,7 @@ from virt_usher.dispatch import Line, close, refusal
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
 from virt_usher.event import PLAN, PLAN_STARTED
+from virt_usher.guest import Guest
 from virt_usher.host import Host
 from virt_usher.plugins import Plugins
 
@@ -66,7 +67,8 @@ def make_plan(
     items: list[Planned] = []
     problems: list[UsherError] = [*settings.problems, *plugins.problems]
     waived: list[str] = []
-    for name, answer in plugins.ask(_HOOKS[operation], domain=domain, host=host):
+    guest = Guest.of(host, domain) if operation == "started" else None
+    for name, answer in plugins.ask(_HOOKS[operation], domain=domain, host=host, guest=guest):
         if isinstance(answer, UsherError):
             problems.append(_named(name, answer))
             continue

@@ -19,6 +19,7 @@ class Domain:
     memory: str = HUGEPAGES
     qemu_args: tuple[str, ...] = ()
     metadata: str = ""
+    vcpus: int = 1
     uuid: str = field(default_factory=lambda: str(uuid4()))
 
     @property
@@ -34,7 +35,7 @@ class Domain:
   <metadata>{self.metadata}</metadata>
   <memory unit='MiB'>{self.mib}</memory>
   {self.memory}
-  <vcpu>1</vcpu>
+  <vcpu>{self.vcpus}</vcpu>
   <os><type arch='x86_64' machine='pc'>hvm</type></os>
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>

@@ -29,6 +29,9 @@ class Host:
     def __init__(self, root: str = "/") -> None:
         self.root = root.rstrip("/")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.root or '/'!r})"
+
     def path(self, path: str) -> str:
         """Return where a path of the machine lies below this root."""
         return self.root + path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+from collections.abc import Sequence
 from typing import Self
 
 from virt_usher.host import CONFIG_DIR, RUN_DIR
@@ -57,8 +59,17 @@ class FakeHost(HugepageKernel, CpufreqKernel):
 
     # -- libvirt's side
 
-    def qemu_runs(self, name: str, uuid: str = UUID, pages: dict[tuple[int, int], int] | None = None) -> int:
-        """Let a domain's QEMU run, having taken pages: {(node, size in KiB): count}. Returns its pid."""
+    def qemu_runs(
+        self,
+        name: str,
+        uuid: str = UUID,
+        pages: dict[tuple[int, int], int] | None = None,
+        threads: Sequence[str] = (),
+    ) -> int:
+        """Let a domain's QEMU run, having taken pages: {(node, size in KiB): count}. Returns its pid.
+
+        `threads` are the names of those beside the first; their ids follow the pid.
+        """
         taken = pages or {}
         for (node, size), count in taken.items():
             self.take(node, count, size)
@@ -68,6 +79,8 @@ class FakeHost(HugepageKernel, CpufreqKernel):
         self.file(f"/proc/{pid}/stat", f"{pid} (qemu-system-x86) S 1 " + " ".join(["0"] * 17) + f" {pid} 0")
         self.file(f"/proc/{pid}/cmdline", "\0".join(("qemu-system-x86_64", "-uuid", uuid, "-S", "")))
         self.file(f"/proc/{pid}/status", f"Name:\tqemu-system-x86\nHugetlbPages:\t{held:8} kB")
+        for tid, thread in enumerate(("qemu-system-x86", *threads), pid):
+            self.file(f"/proc/{pid}/task/{tid}/comm", thread[:15] + "\n")
         self.file(_pid_file(name), str(pid))
         self.hide(f"{pid}.pages", " ".join(f"{n}:{s}:{c}" for (n, s), c in taken.items()))
         return pid
@@ -79,9 +92,7 @@ class FakeHost(HugepageKernel, CpufreqKernel):
             node, size, count = map(int, taken.split(":"))
             self.give(node, count, size)
         self.hide(f"{pid}.pages", "")
-        for file in ("stat", "cmdline", "status"):
-            os.unlink(self.path(f"/proc/{pid}/{file}"))
-        os.rmdir(self.path(f"/proc/{pid}"))
+        shutil.rmtree(self.path(f"/proc/{pid}"))
         if not pid_file_stays:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(_pid_file(name)))
