@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,6 +121,92 @@ def test_a_guest_is_given_up(tmp_path: Path, options: Options, up: bool, console
 )
 def test_long_tests_run_only_if_asked_for(line: str, selected: str) -> None:
     assert " ".join(main.choose(main.arguments(line.split())).pytest) == selected
+
+
+# A multiboot kernel at 1 MiB whose code follows its header: cli; hlt; and again.
+MULTIBOOT = (0x1BADB002, 0x10000, -0x1BADB002 - 0x10000 & 0xFFFFFFFF, 0x100000, 0x100000, 0, 0, 0x100020)
+HALTS = struct.pack("<8I", *MULTIBOOT) + bytes.fromhex("faf4ebfc")
+with_qemu = pytest.mark.skipif(bool(main.missing()), reason="the lab cannot run here")
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Image:
+    """An image whose kernel does nothing."""
+    image = Image("dead", tmp_path / "image")
+    image.folder.mkdir()
+    for name, content in (("vmlinuz", HALTS), ("initrd", b"none"), ("root.ext4", bytes(1 << 20))):
+        (image.folder / name).write_bytes(content)
+    return image
+
+
+def emulators(scratch: Path) -> list[str]:
+    """Return the pids of what was started with a run's folder on its command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (process / "cmdline").read_bytes()
+            if line.startswith(b"qemu") and f"{scratch}/monitor".encode() in line:
+                found.append(process.name)
+    return found
+
+
+@with_qemu
+def test_a_machine_that_never_comes_up_fails_and_leaves_logs_alone(tmp_path: Path, dead: Image) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    outcome = boot.run(dead, Options(boot_seconds=3), scratch)
+    assert "the guest was not up after 3 s" in outcome.problem
+    assert not outcome.good
+    assert not emulators(scratch)
+    main.keep(scratch, "dead", None, failed=True)
+    assert {path.name for path in scratch.iterdir()} >= {"console.log", "qemu.log", "qemu.command"}
+    assert not [*scratch.rglob("*.img"), *scratch.rglob("*.tar")]
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+
+
+@with_qemu
+def test_no_machine_outlives_its_runner(tmp_path: Path, dead: Image) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    code = "import sys; from pathlib import Path; from tests.lab import boot, rootfs;"
+    code += "boot.run(rootfs.Image('dead', Path(sys.argv[1])), boot.Options(), Path(sys.argv[2]))"
+    with subprocess.Popen(
+        [sys.executable, "-B", "-c", code, str(dead.folder), str(scratch)], cwd=boot.CHECKOUT
+    ) as runner:
+        until(lambda: (scratch / "monitor").exists())
+        assert emulators(scratch)
+        runner.kill()
+    until(lambda: not emulators(scratch))
+
+
+def until(ready: Callable[[], bool]) -> None:
+    """Wait for something that is a matter of moments, on a machine that may be busy."""
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_runs_side_by_side_share_the_image_alone(tmp_path: Path) -> None:
+    image = Image("any", tmp_path / "image")
+
+    def words(run: str) -> set[str]:
+        scratch = tmp_path / run
+        line = qemu.command(
+            image.folder, scratch / "share", scratch, "kvm", scratch / "t", f"file:{scratch}/c"
+        )
+        return set(",".join(line).split(","))
+
+    shared = {word for word in words("one") & words("two") if str(tmp_path) in word}
+    assert shared == {
+        str(image.folder / "vmlinuz"),
+        str(image.folder / "initrd"),
+        f"file={image.folder}/root.ext4",
+    }
+    # No port, no fixed name, and nothing written into the image.
+    line = " ".join(qemu.command(image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
+    assert not re.search(r"hostfwd|tcp:|-vnc|-netdev (?!hubport)", line)
+    assert "root.ext4,format=raw,snapshot=on" in line
 
 
 def test_every_device_is_on_the_command_line(tmp_path: Path) -> None:
