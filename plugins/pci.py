@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from virt_usher import BindDriver, Domain, Host, Plan, Problem, hookimpl, option, rebind
+from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, hookimpl, option, rebind
 from virt_usher.host import users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.host.quirks import Quirks
@@ -16,12 +17,25 @@ NO_DMA = ("pci-stub", "pcieport")  # they leave the group to vfio (driver_manage
 WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
 
 
+def expected(entries: Iterable[str]) -> dict[str, str]:
+    """Return address -> vendor:device; UsherError for an entry that is no such pair."""
+    found = {}
+    for entry in entries:
+        address, _, device = (part.strip().lower() for part in entry.partition("="))
+        if not canonical(address) or not re.fullmatch("[0-9a-f]{4}:[0-9a-f]{4}", device):
+            raise UsherError(f"{entry!r} is not of the form 0000:01:00.0=10de:1288")
+        found[canonical(address)] = device
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Plugin:
     group: bool = option(False, help="take what else is in the devices' IOMMU groups too, bridges excepted")
     driver: str = option("auto", help="driver for what libvirt does not manage; auto is the best vfio driver")
     keep_awake: bool = option(False, help="keep the devices out of D3, where they do not come back from it")
-    expect: tuple[str, ...] = option((), help="which device must be where, as 0000:01:00.0=10de:1288")
+    expect: tuple[str, ...] = option(
+        (), help="which device must be where, as 0000:01:00.0=10de:1288", check=expected
+    )
 
     @hookimpl
     def usher_prepare(self, domain: Domain, host: Host) -> Iterator[BindDriver]:
@@ -72,13 +86,7 @@ class Plugin:
 
     def _unexpected(self, devices: list[Device], domain: Domain) -> Iterator[Problem]:
         """Compare what is there with what an admin said must be: addresses change with the slots in use."""
-        wanted = {}
-        for text in self.expect:
-            address, _, id_ = (part.strip().lower() for part in text.partition("="))
-            if not canonical(address) or len(id_) != 9 or id_[4] != ":":
-                yield Problem(f"expect: {text!r} is not of the form 0000:01:00.0=10de:1288", "lspci -Dnn")
-            else:
-                wanted[canonical(address)] = id_
+        wanted = expected(self.expect)
         for device in devices:
             id_ = wanted.get(device.address, device.id)
             if id_ != device.id:

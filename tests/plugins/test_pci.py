@@ -266,6 +266,7 @@ def test_a_name_that_is_none(pc: PciHost) -> None:
     assert expected in refusals(ask(pc, "pci", odd))
 
 
+OPTIONS = "virt-usher plugins pci shows its options"
 EXPECTED = [
     (f"{GPU}={GPU_ID}", "", ""),
     (f"01:00.0 = {GPU_ID.upper()}", "", ""),
@@ -277,8 +278,8 @@ EXPECTED = [
         f"it is at {AUDIO}: virsh edit guest",
     ),
     ("0000:0b:00.0=10de:1288", "0000:0b:00.0 is not there, and 10de:1288 is expected", "lspci -Dnn"),
-    (GPU, f"expect: '{GPU}' is not of the form 0000:01:00.0=10de:1288", "lspci -Dnn"),
-    ("gpu=10de:1288", "expect: 'gpu=10de:1288' is not of the form", "lspci -Dnn"),
+    (GPU, f"expect: '{GPU}' is not of the form 0000:01:00.0=10de:1288", OPTIONS),
+    ("gpu=10de:1288", "expect: 'gpu=10de:1288' is not of the form", OPTIONS),
 ]
 
 
