@@ -109,5 +109,7 @@ class Domain:
 
 
 def _address(role: str) -> str:
-    bus, slot, function = machine.device(role).short.replace(".", ":").split(":")
+    """Return libvirt's words for a device of the table, or for an address of its own (0000:07:00.1)."""
+    short = role.removeprefix("0000:") if ":" in role else machine.device(role).short
+    bus, slot, function = short.replace(".", ":").split(":")
     return f"<address domain='0x0' bus='0x{bus}' slot='0x{slot}' function='0x{function}'/>"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from tests.lab import machine
@@ -191,16 +194,55 @@ def test_the_daemon_killed_while_a_domain_runs(domain: Domain) -> None:
     domain.stop()
 
 
-def test_virtual_functions(domain: Domain) -> None:
+@contextmanager
+def virtual_functions() -> Iterator[str]:
+    """Switch a disk's virtual functions on, which no driver gets by itself; yields the first."""
     physical = kernel.DEVICES / address("sriov")
     (physical / "sriov_drivers_autoprobe").write_text("0")
     (physical / "sriov_numvfs").write_text("2")
     try:
-        domain.devices = ("sriov",)
-        assert "has 2 virtual functions" in refused(usher.enable(domain, "pci"))
+        yield (physical / "virtfn0").resolve().name
     finally:
         (physical / "sriov_numvfs").write_text("0")
         (physical / "sriov_drivers_autoprobe").write_text("1")
+
+
+def test_virtual_functions(domain: Domain, second_domain: Domain) -> None:
+    """They are devices of their own; the physical one must stay, and vfio would not have it."""
+    with virtual_functions() as first:
+        domain.devices, second_domain.devices = ("sriov",), (first,)
+        assert "has 2 virtual functions" in refused(usher.enable(domain, "pci"))
+        start(usher.enable(second_domain, "pci"))
+        assert kernel.driver(first) == "vfio-pci"
+        second_domain.stop()
+        usher.given_back(second_domain)
+        assert kernel.driver(first) is None
+
+
+def hook(domain: Domain, operation: str, sub: str, interface: str) -> subprocess.CompletedProcess[str]:
+    """Call the hook as libvirt does, for a domain with a network interface."""
+    devices = f"<devices><interface {interface}</interface></devices>"
+    xml = f"<domain type='qemu'><name>{domain.name}</name><uuid>{uuid4()}</uuid>{devices}</domain>"
+    command = ["/etc/libvirt/hooks/qemu", domain.name, operation, sub, "-"]
+    return subprocess.run(command, input=xml, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_comes_out_of_a_pool_is_checked_when_start_comes(domain: Domain) -> None:
+    """libvirt takes network cards only, and none that is emulated here has virtual functions: a disk's do."""
+    with virtual_functions() as first:
+        for one, status in ((first, 0), (address("stuck"), 1)):
+            node = f"pci_{one.replace(':', '_').replace('.', '_')}"
+            asked = hook(domain, "prepare", "begin", "type='network'><source network='pool'/>")
+            assert (asked.returncode, asked.stderr) == (0, "")
+            virsh("nodedev-detach", node)  # as libvirt does in between
+            _, bus, slot, function = one.replace(".", ":").split(":")
+            place = f"domain='0x0' bus='0x{bus}' slot='0x{slot}' function='0x{function}'"
+            came = f"type='hostdev' managed='yes'><source><address type='pci' {place}/></source>"
+            asked = hook(domain, "start", "begin", came)
+            assert asked.returncode == status, asked.stderr
+            assert status == 0 or f"{one} (1234:11e8) cannot be reset" in asked.stderr
+            virsh("nodedev-reattach", node)
+            assert hook(domain, "release", "end", "").returncode == 0
 
 
 @pytest.mark.soak

@@ -48,23 +48,33 @@ def _unbind(address: str) -> None:
         (kernel.DEVICES / address / "driver/unbind").write_text(address)
 
 
-def resets(address: str, given: list[str]) -> tuple[bool, bool]:
-    """Return whether a function reset worked, and whether a hot reset does, with the groups of `given`."""
+@contextlib.contextmanager
+def opened(given: list[str]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Open devices as QEMU does; yields their groups by number, and them by address."""
     with contextlib.ExitStack() as stack:
         container = _open(stack, "/dev/vfio/vfio")
-        groups = {}
+        groups: dict[str, int] = {}
         for one in given:
-            number = (kernel.DEVICES / one / "iommu_group").resolve().name
+            number = _group(one)
             if number not in groups:
                 groups[number] = _open(stack, f"/dev/vfio/{number}")
                 fcntl.ioctl(groups[number], _SET_CONTAINER, bytearray(struct.pack("i", container)))
         fcntl.ioctl(container, _SET_IOMMU, _TYPE1_V2)
         devices = {}
         for one in given:
-            number = (kernel.DEVICES / one / "iommu_group").resolve().name
             name = bytearray(one.encode() + b"\0")
-            devices[one] = fcntl.ioctl(groups[number], _GET_DEVICE_FD, name)
+            devices[one] = fcntl.ioctl(groups[_group(one)], _GET_DEVICE_FD, name)
             stack.callback(os.close, devices[one])
+        yield groups, devices
+
+
+def _group(address: str) -> str:
+    return (kernel.DEVICES / address / "iommu_group").resolve().name
+
+
+def resets(address: str, given: list[str]) -> tuple[bool, bool]:
+    """Return whether a function reset worked, and whether a hot reset does, with the groups of `given`."""
+    with opened(given) as (groups, devices):
         info = bytearray(struct.pack("6I", 24, 0, 0, 0, 0, 0))
         fcntl.ioctl(devices[address], _GET_INFO, info)
         function = bool(struct.unpack("6I", info)[1] & _FLAG_RESET)
