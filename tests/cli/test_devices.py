@@ -33,9 +33,10 @@ def row(out: str, address: str) -> list[str]:
 def test_a_line_for_each_device_tells_group_driver_and_reset(cli: Cli) -> None:
     out = cli("devices").out
     assert " ".join(row(out, "0000:06:00.0")) == "13 0000:06:00.0 nouveau with 06:00.1 VGA 10de:13c2"
+    assert out.splitlines()[0].split() == ["GROUP", "ADDRESS", "DRIVER", "RESET", "USE", "DEVICE"]
     assert row(out, "0000:06:00.1")[:5] == ["13", "0000:06:00.1", "snd_hda_intel", "with", "06:00.0"]
     assert row(out, "0000:00:01.0") == ["1", "0000:00:01.0", "pcieport", "-", "bridge", "8086:0c01"]
-    assert row(out, "0000:01:00.0")[-2:] == ["(boot", "VGA)"]
+    assert row(out, "0000:01:00.0")[-4:] == ["display", "boot", "VGA", "10de:1381"]
 
 
 def test_what_cannot_be_reset_is_listed_with_its_reason_once(cli: Cli, tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ def _show_table(found: list[dict[str, Any]]) -> None:
     """Print a line for each device; on a terminal it is cut at 80 columns, never in a pipe."""
     heads = ["GROUP", "ADDRESS", "DRIVER", "RESET", "USE", "NODE", "MSI", "DEVICE"]
     rows = [_row(d) for d in found]
+    shown = [i for i in range(len(heads)) if any(row[i] for row in rows)]  # no room for what says nothing
+    heads, *rows = ([row[i] for i in shown] for row in (heads, *rows))
     widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads) - 1)]
     width = base.WIDTH if sys.stdout.isatty() else 1 << 20
     for row, mark in [(heads, ""), *zip(rows, (_mark(d) for d in found), strict=True)]:
@@ -216,7 +218,7 @@ def _show_table(found: list[dict[str, Any]]) -> None:
 def _row(one: dict[str, Any]) -> list[str]:
     node = "" if one["numa_node"] is None else str(one["numa_node"])
     word = "-" if _stays(one) else _word(one["reset"])
-    about = f"{one['kind']} {one['id']} {'(boot VGA) ' * one['boot_vga']}{one['name']}"
+    about = f"{'boot ' * one['boot_vga']}{one['kind']} {one['id']} {one['name']}"
     use = next((f["problem"] for f in one["in_the_way"]), "")
     return [one["group"] or "-", one["address"], one["driver"], word, use, node, one["msi"], about]
 
@@ -273,9 +275,9 @@ def _stays(one: dict[str, Any]) -> bool:
 def _mark(one: dict[str, Any]) -> str:
     if _stays(one):
         return ""
-    return {reset.FUNCTION: "ok", reset.HOT: "ok", reset.PM: "warning"}.get(
-        one["reset"]["verdict"], "problem"
-    )
+    if not one["reset"]["good"] or users.DATA in {f["problem"] for f in one["in_the_way"]}:
+        return "problem"
+    return "warning" if one["in_the_way"] or one["reset"]["verdict"] == reset.PM else "ok"
 
 
 def _word(verdict: dict[str, Any]) -> str:
