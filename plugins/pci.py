@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, hookimpl, option, rebind
+from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, ending, hookimpl, option, rebind
 from virt_usher.host import users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.host.quirks import Quirks
 from virt_usher.hostdev import canonical
 
 NO_DMA = ("pci-stub", "pcieport")  # they leave the group to vfio (driver_managed_dma), as vfio's own do
-WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
 
 
 def expected(entries: Iterable[str]) -> dict[str, str]:
@@ -77,11 +75,9 @@ class Plugin:
             device = host.pci.device(address)
             if holder := rebind.holder(host, bind.key, domain.name):
                 yield Problem(f"{address} is held by {holder}", "virt-usher status")
-            found: list[users.User | vfio.Obstacle] = [
-                *vfio.obstacles(host, device, bind.driver, quirks),
-                *bind.users,
-            ]
-            yield from (_problem(domain, device, f.problem, f.what, f.hint) for f in found)
+            for found in vfio.obstacles(host, device, bind.driver, quirks):
+                yield ending.problem(domain, device, found.problem, found.what, found.hint)
+            yield from ending.problems(domain, host, plan, bind, bind.users)
         yield from _groups(domain, [*given, *(host.pci.device(a) for a in binds)], set(binds))
 
     def _unexpected(self, devices: list[Device], domain: Domain) -> Iterator[Problem]:
@@ -91,25 +87,14 @@ class Plugin:
             id_ = wanted.get(device.address, device.id)
             if id_ != device.id:
                 now = [d.address for d in device.pci.devices if d.id == id_]
-                hint = f"it is at {' and '.join(now)}: virsh edit {_name(domain)}" if now else "lspci -Dnn"
+                hint = (
+                    f"it is at {' and '.join(now)}: virsh edit {ending.name(domain)}" if now else "lspci -Dnn"
+                )
                 yield Problem(f"{device.address} is {device.id or 'not there'}, and {id_} is expected", hint)
 
 
-def _name(domain: Domain) -> str:
-    return "-- " * domain.name.startswith("-") + shlex.quote(domain.name)
-
-
-def _problem(domain: Domain, device: Device, problem: str, what: str, hint: str) -> Problem:
-    """Make a problem, with the waiver of it as the other way out where there is one."""
-    text = f"{device.address} ({device.id}) {what}"
-    if problem not in WAIVABLE:
-        return Problem(text, hint)
-    waive = f"virt-usher waive {_name(domain)} {device.address} {problem} 'REASON'"
-    return Problem(text, f"{hint}; or: {waive}", (device.address, device.id, problem))
-
-
 def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem]:
-    edit = f"virsh edit {_name(domain)}"
+    edit = f"virsh edit {ending.name(domain)}"
     for device in devices:
         if not device.exists:
             yield Problem(f"{device.address} is not in this host", f"lspci -D shows what is; {edit}")
@@ -123,10 +108,10 @@ def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[
         for other in map(first.pci.device, first.pci.group(group)):
             if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
                 continue
-            hint = f"virt-usher enable {_name(domain)} pci group=true"
+            hint = f"virt-usher enable {ending.name(domain)} pci group=true"
             if other.class_code[:2] == "06":
                 hint = "it belongs to the host's chipset: give the domain another device"
             if other.is_bridge:  # shpchp drives bridges, and lacks driver_managed_dma
                 hint = f"echo {other.address} >/sys/bus/pci/drivers/{other.driver}/unbind"
             what = f"shares IOMMU group {group} with {other.address}, which stays with {other.driver}"
-            yield _problem(domain, first, "group", what, hint)
+            yield ending.problem(domain, first, "group", what, hint)

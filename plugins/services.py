@@ -13,6 +13,8 @@ SLEEP_UNIT = "virt-usher-nosleep.service"
 
 @dataclass(frozen=True, eq=False)
 class Plugin:
+    BEFORE = ("pci",)  # where `enable` puts it
+
     start: list[str] = option((), help="units that are active while the domain runs")
     stop: list[str] = option((), help="units that are inactive while the domain runs")
     inhibit_sleep: bool = option(

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from virt_usher import BindDriver, UsherError, rebind
-from virt_usher.host.users import User
 from virt_usher.journal import Journals
 from virt_usher.locks import Locks
 from virt_usher.testing import UUID, check_nothing_stays, domain_xml, run_hook
@@ -243,7 +242,7 @@ def test_an_unbind_refused_by_the_kernel(tmp_path: Path) -> None:
 def test_a_driver_that_lets_go_by_itself(tmp_path: Path) -> None:
     """ENODEV of an unbind is no error when the device is free: that was all it was for."""
     host = make(tmp_path)
-    device = rebind._Device(host, NIC)
+    device = rebind.Device(host, NIC)
     host.fail("*/driver/unbind", errno.ENODEV)
     with pytest.raises(UsherError):
         device.unbind()
@@ -278,7 +277,7 @@ def test_what_was_reported_and_waived_is_no_reason_any_more(tmp_path: Path) -> N
     host = make(tmp_path)
     journals = held(host)
     host.hangs_on(NIC, "net", "eth0", flags="0x1003", upper_br0="")
-    waived = BindDriver(NIC, "vfio-pci", users=(User(NIC, "in-use", "", ""),)).record()
+    waived = BindDriver(NIC, "vfio-pci", waived=("in-use",)).record()
     journals.do(journals.of("guest"), "pci", "x", waived)
     assert host.driver_of(NIC) == "vfio-pci"
 

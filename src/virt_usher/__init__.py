@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from virt_usher.actions import OneWay as OneWay
     from virt_usher.actions import Problem as Problem
     from virt_usher.actions import RunScripts as RunScripts
+    from virt_usher.actions import UnloadModule as UnloadModule
     from virt_usher.actions import Write as Write
     from virt_usher.domain import Domain as Domain
     from virt_usher.errors import UsherError as UsherError
@@ -38,6 +39,7 @@ _HOMES = {
         "OneWay",
         "Problem",
         "RunScripts",
+        "UnloadModule",
         "Write",
     ),
     "domain": ("Domain",),

@@ -9,7 +9,8 @@ whose kind is unknown there cannot be defined, so no action can exist without an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from virt_usher import cpulist
@@ -44,6 +45,10 @@ class Action(ABC):
     @abstractmethod
     def describe(self, host: Host) -> str:
         """Say in one line what would change: current → new."""
+
+    def waive(self, problems: Collection[tuple[str, str, str]]) -> Action:
+        """Return this action with what an admin waived: (address, vendor:device, problem)."""
+        return self
 
     def record(self) -> dict[str, Any]:
         """Return this action as the journal has it."""
@@ -193,9 +198,9 @@ class RunScripts(Action):
 class BindDriver(Action):
     """Give a PCI device to another driver while the domain runs; no other domain may have it meanwhile.
 
-    `managed`: libvirt reattaches the device itself. `users` is who uses it now (host.users.find): the
-    device is taken all the same if the plugin's check reported them and an admin waived that; whoever is
-    new right before the unbind refuses the start. `awake` keeps the device from sleeping.
+    `managed`: libvirt reattaches the device itself. `users` is who uses it now (host.users.find), for the
+    plugin's check to report. Whoever uses it right before the unbind refuses the start, unless an admin
+    waived that. `awake` keeps the device from sleeping.
     """
 
     address: str
@@ -203,6 +208,7 @@ class BindDriver(Action):
     managed: bool = False
     awake: bool = False
     users: tuple[User, ...] = ()
+    waived: tuple[str, ...] = ()
 
     kind: ClassVar[str] = "driver"
 
@@ -217,20 +223,51 @@ class BindDriver(Action):
         """The address, if the device will be on a vfio driver."""
         return self.address if "vfio" in self.driver else None
 
+    def waive(self, problems: Collection[tuple[str, str, str]]) -> BindDriver:
+        return replace(self, waived=tuple(sorted(p for a, _, p in problems if a == self.address)))
+
     def fields(self) -> dict[str, Any]:
-        seen = sorted({u.problem for u in self.users})
         return {
             "address": self.address,
             "to": self.driver,
             "managed": self.managed,
             "awake": self.awake,
-            "seen": seen,
+            "waived": list(self.waived),
         }
 
     def describe(self, host: Host) -> str:
         now = host.pci.device(self.address).driver or "no driver"
         change = " (as it is)" if now == self.driver else f" → {self.driver}"
         return f"{self.address}: {now}{change}{', kept awake' if self.awake else ''}"
+
+
+@dataclass(frozen=True)
+class UnloadModule(Action):
+    """Unload a kernel module while the domain runs, and load it again at the end if it was loaded.
+
+    `devices` are the PCI devices that may lose their driver by that; one with another refuses the start, as
+    does anybody who uses one of them or the module. Any claim will do: the last domain to go reloads.
+    """
+
+    module: str
+    devices: tuple[str, ...] = ()
+    waived: tuple[tuple[str, str], ...] = ()
+
+    kind: ClassVar[str] = "module"
+
+    @property
+    def key(self) -> str:
+        return f"module {self.module}"
+
+    def waive(self, problems: Collection[tuple[str, str, str]]) -> UnloadModule:
+        return replace(self, waived=tuple(sorted((a, p) for a, _, p in problems if a in self.devices)))
+
+    def fields(self) -> dict[str, Any]:
+        return {"module": self.module, "devices": list(self.devices), "waived": [*map(list, self.waived)]}
+
+    def describe(self, host: Host) -> str:
+        loaded = host.exists(f"/sys/module/{self.module}/initstate")
+        return f"module {self.module}: " + ("loaded → unloaded" if loaded else "not loaded (as it is)")
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ KINDS: dict[str, type[Kind]] = {"knob": Knob, "oneway": OneWay, "pages": Pages}
 ELSEWHERE = {
     "driver": "virt_usher.rebind",
     "isolation": "virt_usher.isolate",
+    "module": "virt_usher.unload",
     "scripts": "virt_usher.runs",
     "unit": "virt_usher.units",
 }

@@ -67,6 +67,7 @@ def make_plan(
     items: list[Planned] = []
     problems: list[UsherError] = [*settings.problems, *plugins.problems]
     waived: list[str] = []
+    allowed: list[tuple[str, str, str]] = []
     guest = Guest.of(host, domain) if operation == "started" else None
     for name, answer in plugins.ask(_HOOKS[operation], domain=domain, host=host, guest=guest):
         if isinstance(answer, UsherError):
@@ -87,17 +88,19 @@ def make_plan(
                 problems.append(UsherError(f"plugin {name} returned {found!r}, which is no problem"))
                 continue
             waiver = _waiver(found, settings)
-            if waiver:
+            if waiver and found.about:
+                allowed.append(found.about)
                 waived.append(f"{found.message}; waived: {waiver.reason}")
             else:
                 problems.append(UsherError(f"{name}: {found.message}", found.hint))
+    items = [Planned(p.plugin, p.item if isinstance(p.item, Note) else p.item.waive(allowed)) for p in items]
     later: list[str] = []
     for other in _AFTER[operation]:
         try:
             later += [other] if plugins.want(_HOOKS[other], other, domain) else []
         except UsherError as error:
             problems.append(error)
-    return replace(plan, problems=tuple(problems), waived=tuple(waived), later=tuple(later))
+    return Plan(tuple(items), tuple(problems), tuple(waived), tuple(later))
 
 
 def _named(plugin: str, error: UsherError) -> UsherError:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import time
 
+from virt_usher import inuse
 from virt_usher.effects import KINDS, Kind
 from virt_usher.errors import UsherError
 
@@ -40,7 +41,7 @@ class Driver(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        device = _Device(host, fields["address"])
+        device = Device(host, fields["address"])
         if others:
             raise UsherError(f"{device.address} is held by {_whose(host, others[0])}", "virt-usher status")
         if not device.exists:
@@ -57,7 +58,7 @@ class Driver(Kind):
 
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
-        device, to = _Device(host, step.data["address"]), str(step.data["to"])
+        device, to = Device(host, step.data["address"]), str(step.data["to"])
         if device.driver != to:
             if not device.known(to):
                 modprobe(host, step.data.get("load") or to, deadline)
@@ -72,7 +73,9 @@ class Driver(Kind):
             if device.driver != step.data["driver"]:
                 now = device.driver or "no driver"
                 raise UsherError(f"{device.address} went to {now} meanwhile", "start the domain again")
-            device.refuse_if_used(step.data.get("seen", ()))
+            waived = {*step.data.get("waived", ()), *(("display",) if inuse.released(host, step) else ())}
+            if found := inuse.settled(step, lambda: inuse.by(host, [device.address], waived), deadline):
+                raise found
             _in_time(device, deadline)
             device.unbind()
             _in_time(device, deadline)
@@ -84,7 +87,7 @@ class Driver(Kind):
 
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
-        device, data = _Device(host, step.data["address"]), step.data
+        device, data = Device(host, step.data["address"]), step.data
         if not device.exists:
             return f"{device.address} is gone"
         if device.id != data["id"]:
@@ -112,13 +115,13 @@ class Driver(Kind):
         return remark
 
 
-def _bring_back(device: _Device, back: str, data: dict[str, Any]) -> str:
+def _bring_back(device: Device, back: str, data: dict[str, Any]) -> str:
     """Take a device from where it is to the driver it had; return a remark, or ''.
 
     Its override keeps all others away meanwhile, `vfio-pci ids=` and udev included.
     """
-    if device.driver:
-        device.refuse_if_used()
+    if device.driver and (found := inuse.by(device.host, [device.address])):
+        raise found
     if back and not device.known(back):
         with contextlib.suppress(UsherError):  # whether it came shows below
             modprobe(device.host, data["module"] or back, time.monotonic() + UNDO_SECONDS)
@@ -141,7 +144,7 @@ def _bring_back(device: _Device, back: str, data: dict[str, Any]) -> str:
     return ""
 
 
-class _Device:
+class Device:
     """What the kernel shows of one PCI function, and lets be done to it."""
 
     __slots__ = ("address", "dir", "host")
@@ -225,14 +228,6 @@ class _Device:
         code = errno.errorcode.get(error.errno or 0, str(error.errno))
         return UsherError(f"{self.address} {what}: {error.strerror} ({code})", hint)
 
-    def refuse_if_used(self, but: tuple[str, ...] | list[str] = ()) -> None:
-        """Raise UsherError if anybody uses the device, except in ways that an admin waived."""
-        from virt_usher.host import users
-
-        for user in users.find(self.host, [self.address]):
-            if user.problem not in but or user.problem == users.DATA:
-                raise UsherError(f"{self.address} {user.what}", user.hint)
-
     def wait_for_udev(self) -> None:
         """Wait while udev may still be about to load the device's driver, as at boot.
 
@@ -253,7 +248,7 @@ def modprobe(host: LiveHost, module: str, deadline: float) -> None:
         raise UsherError(f"the module {module} cannot be loaded: {why}", f"modprobe -v {module}")
 
 
-def _in_time(device: _Device, deadline: float) -> None:
+def _in_time(device: Device, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise UsherError(
             f"{device.address} could not be taken from its driver in time",

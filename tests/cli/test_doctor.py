@@ -261,3 +261,10 @@ def test_the_hook_beside_a_foreign_one_is_found(cli: Cli, good: FakeHost) -> Non
     install(good, f"{HOOK}.d/50-virt-usher")
     daemon(good)
     assert cli("doctor").status == 0
+
+
+def test_other_programs_that_move_devices_are_named(cli: Cli, good: FakeHost) -> None:
+    good.file("/etc/supergfxd.conf", "{}").file("/etc/vdsm/vdsm.conf", "[vars]")
+    good.file("/etc/driverctl.d/0000:01:00.0", "vfio-pci")
+    assert {"supergfxctl", "vdsm"} <= levels(cli, "warning").keys()
+    assert "0000:01:00.0 is meant for vfio-pci" in levels(cli, "ok")["driverctl"]

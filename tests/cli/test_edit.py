@@ -78,6 +78,35 @@ def test_comments_and_all_that_was_not_asked_for_stay(cli: Cli, pc: FakeHost) ->
     assert pc.read(FILE) == COMMENTED.replace("= true ", "= false ").rstrip("\n")
 
 
+@pytest.mark.parametrize("plugin", ["consoles", "modules", "services"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("[plugins.pci]\ngroup = true\n", ["NEW", "pci"]),
+        ("# mine\n[plugins.governor]\n\n# a card\n# two lines\n[plugins.pci]\n", ["governor", "NEW", "pci"]),
+        ("[plugins.NEW]\nenabled = false\n\n[plugins.pci]\n", ["NEW", "pci"]),
+        ("[plugins.governor]\n", ["governor", "NEW"]),
+        ("", ["NEW"]),
+        ("[plugins]\npci = {}\n", ["pci", "NEW"]),  # no header to put it before: the check says so then
+    ],
+)
+def test_what_frees_a_device_is_enabled_before_the_plugin_that_takes_it(
+    cli: Cli, pc: FakeHost, plugin: str, before: str, after: list[str]
+) -> None:
+    pc.domain("guest", before.replace("NEW", plugin))
+    ran = cli("enable", "guest", plugin)
+    assert ran.status == 0, ran.err
+    assert list(on(pc)) == [plugin if name == "NEW" else name for name in after]
+    assert all(line in pc.read(FILE) for line in before.splitlines() if line.startswith("#"))
+
+
+def test_a_file_that_cannot_be_edited_is_left_as_it_is(cli: Cli, pc: FakeHost) -> None:
+    pc.domain("guest", "plugins = { pci = {} }\n")
+    ran = cli("enable", "guest", "hugepages")
+    assert (ran.status, "cannot be edited without harm" in ran.err) == (1, True)
+    assert pc.read(FILE) == "plugins = { pci = {} }"
+
+
 def test_the_difference_is_shown(cli: Cli, pc: FakeHost) -> None:
     pc.domain("guest", COMMENTED)
     ran = cli("enable", "guest", "hugepages", "drop_caches=false")

@@ -390,3 +390,34 @@ def test_a_hundred_thousand_open_files(tmp_path: Path) -> None:
     began = time.process_time()
     assert not found(host)
     assert time.process_time() - began < 0.1
+
+
+# -- which units' stop ends a process
+
+
+def units(host: PciHost, cgroup: str) -> list[frozenset[str]]:
+    graphics(host, enabled="disabled").runs("kwin", "/dev/dri/card0", cgroup=cgroup)
+    return [names for user in users.find(host, [A]) for names in user.units]
+
+
+def test_a_process_of_a_service(tmp_path: Path) -> None:
+    (names,) = units(make(tmp_path, kind=VGA), "/system.slice/nvidia-persistenced.service")
+    assert names == {"nvidia-persistenced.service"}
+
+
+@pytest.mark.parametrize(
+    "cgroup",
+    [
+        "/user.slice/user-1000.slice/session-2.scope",
+        "/user.slice/user-1000.slice/user@1000.service/session.slice/org.gnome.Shell@wayland.service",
+    ],
+)
+@pytest.mark.parametrize(("kind", "ends"), [("wayland", True), ("x11", True), ("tty", False)])
+def test_a_graphical_session_ends_with_the_display_manager(
+    tmp_path: Path, cgroup: str, kind: str, ends: bool
+) -> None:
+    host = make(tmp_path, kind=VGA)
+    host.file("/run/systemd/sessions/2", f"# private\nUID=1000\nUSER=jo\nTYPE={kind}\nCLASS=user")
+    host.file("/run/systemd/sessions/7", "UID=1001\nTYPE=wayland")
+    (names,) = units(host, cgroup)
+    assert ("display-manager.service" in names) == ends

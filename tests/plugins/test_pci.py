@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.plugins import test_services
 
 from virt_usher import BindDriver
 from virt_usher.prepare import Plan
@@ -379,3 +380,66 @@ def test_one_out_of_a_pool_whose_group_stays_is_refused_at_start(pc: PciHost) ->
     result = run_hook(pc, "guest", "start", domain_xml(body=late))
     assert result.status == 3
     assert "shares IOMMU group 7 with 0000:07:00.0, which stays with ixgbe" in result.stderr
+
+
+# -- what the plan ends before it takes a device
+
+
+def with_units(host: PciHost, plugins: str, *, obeys: bool = True) -> int:
+    """Let gdm hold the card; systemctl stops it, and ends its process or does not."""
+    pid = host.hangs_on(GPU, "drm", "card0", "drm/card0").runs(
+        "gdm-x", "/dev/dri/card0", cgroup="/system.slice/gdm.service"
+    )
+    gone = host.path(f"/proc/{pid}")
+    script = test_services.SYSTEMCTL.replace("stop:*)", f"stop:*) rm -r '{gone}';" if obeys else "stop:*)")
+    host.file("/usr/bin/systemctl", script, 0o755).file("/run/systemd/system/.keep")
+    host.link_to("/etc/systemd/system/display-manager.service", "/lib/systemd/system/gdm.service")
+    host.file("/units/.system", "running").file("/units/.calls")
+    for name in ("gdm", "display-manager"):
+        host.file(f"/units/{name}.service", "active")
+    host.domain("guest", plugins)
+    return pid
+
+
+@pytest.mark.parametrize("unit", ["gdm", "display-manager"])
+def test_a_process_whose_unit_the_plan_stops_first(pc: PciHost, unit: str) -> None:
+    with_units(pc, f'[plugins.services]\nstop = ["{unit}"]\n[plugins.pci]\n')
+    result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
+    assert result.status == 0, result.stderr
+    assert pc.driver_of(GPU) == "vfio-pci"
+
+
+def test_a_process_that_does_not_end_with_its_unit(pc: PciHost) -> None:
+    """It has ten seconds; then the start is refused, and the unit is back."""
+    pid = with_units(pc, '[plugins.services]\nstop = ["gdm"]\n[plugins.pci]\n', obeys=False)
+    before = pc.snapshot()
+    result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
+    assert result.status == 3
+    assert f"is in use (/dev/dri/card0) by gdm-x (pid {pid})" in result.stderr
+    assert pc.snapshot() == before
+    assert Path(pc.path("/units/gdm.service")).read_text().strip() == "active"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "reason", "hint"),
+    [
+        (
+            '[plugins.pci]\n[plugins.services]\nstop = ["gdm"]\n',
+            ", which the plan ends only after it takes the device",
+            "in /etc/virt-usher/domains/, put the plugin that ends it before pci",
+        ),
+        ('[plugins.services]\nstop = ["smb"]\n[plugins.pci]\n', "by gdm-x", "systemctl stop gdm.service"),
+        ('[plugins.services]\nstart = ["gdm"]\n[plugins.pci]\n', "by gdm-x", "systemctl stop gdm.service"),
+    ],
+)
+def test_a_process_that_the_plan_does_not_end_in_time(
+    pc: PciHost, plugins: str, reason: str, hint: str
+) -> None:
+    with_units(pc, plugins)
+    pc.file("/units/smb.service", "active")
+    before = pc.snapshot()
+    result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
+    assert result.status == 3
+    assert reason in result.stderr
+    assert hint in result.stderr
+    assert pc.snapshot() == before

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import click
 
 from virt_usher.cli import base
-from virt_usher.cli.checks import Check, configuration, daemon, hook, machine
+from virt_usher.cli.checks import Check, configuration, daemon, hook, machine, owners
 
-SUBJECTS = (hook, daemon, configuration, machine)
+SUBJECTS = (hook, daemon, configuration, machine, owners)
 MARGIN = 9
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import MutableMapping
@@ -49,6 +50,16 @@ class ConfigFile:
         table: MutableMapping[str, Any] = parent[name]  # what setdefault returned need not be the one kept
         return table
 
+    def put_before(self, kind: str, name: str, other: str) -> None:
+        """Make the table [kind.name] in front of [kind.other], if only the latter is there."""
+        if name in self.content.get(kind, {}):
+            return
+        at = re.search(rf"(^#.*\n)*^\[{kind}\.{other}\]", tomlkit.dumps(self.content), re.MULTILINE)
+        if at:
+            self.content = tomlkit.parse(
+                f"{at.string[: at.start()]}[{kind}.{name}]\n\n{at.string[at.start() :]}"
+            )
+
     def entry(self, kind: str, name: str, key: str, value: str) -> MutableMapping[str, Any]:
         """Return the table [kind.name] whose key has a value; beside another, [[kind.name]] of both."""
         found = self.content.get(kind, {}).get(name)
@@ -81,7 +92,11 @@ class ConfigFile:
         if after == self.before:
             base.say(f"{self.path} says so already: nothing to change.")
             return
-        if tomllib.loads(after) != self.content.unwrap():
+        try:
+            same = tomllib.loads(after) == self.content.unwrap()
+        except ValueError:  # tomlkit puts a table with a header of its own into an inline one
+            same = False
+        if not same:
             raise UsherError(f"{self.path} cannot be edited without harm", "edit it by hand")
         real = self.host.path(self.path)
         if after.strip():

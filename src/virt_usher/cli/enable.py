@@ -24,7 +24,8 @@ def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool) -> No
     """Switch a plugin on for a domain, or set its options.
 
     Writes /etc/virt-usher/domains/DOMAIN.toml and shows the difference. Options that are not given
-    stay as they are. It counts from the next start on.
+    stay as they are. What frees a device comes before the plugin that takes it. It counts from the next
+    start on.
     """
     usher.need_root()
     rest = list(words)
@@ -35,6 +36,8 @@ def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool) -> No
     plugin = load(usher.host, plugin_name)
     values = dict(_value(plugin, word) for word in rest)
     file = ConfigFile(usher.host, name)
+    for other in getattr(plugin, "BEFORE", ()):
+        file.put_before("plugins", plugin_name, other)
     table = file.table("plugins", plugin_name)
     table.pop("enabled", None)  # it is on unless its table says otherwise
     for key, value in values.items():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 
+from virt_usher.host import console
+
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,15 +28,29 @@ _KEYBOARD = 0xFFFFFFFE
 
 
 class User:
-    """One use of a device: what, of which kind (`problem`), and what would end it."""
+    """One use of a device: what, of which kind (`problem`), and what would end it.
 
-    __slots__ = ("address", "hint", "problem", "what")
+    `console`: it shows the text console, and ends with that. `units`: for each process that uses it, the
+    units whose stop ends the process.
+    """
 
-    def __init__(self, address: str, problem: str, what: str, hint: str) -> None:
+    __slots__ = ("address", "console", "hint", "problem", "units", "what")
+
+    def __init__(
+        self,
+        address: str,
+        problem: str,
+        what: str,
+        hint: str,
+        console: bool = False,
+        units: tuple[frozenset[str], ...] = (),
+    ) -> None:
         self.address = address
         self.problem = problem
         self.what = what
         self.hint = hint
+        self.console = console
+        self.units = units
 
     def __repr__(self) -> str:
         return f"User({self.address} {self.problem}: {self.what})"
@@ -247,27 +263,23 @@ class _Look:
             state = (self.host.get(f"{base}/status"), self.host.get(f"{base}/enabled"))
             if state == ("connected", "enabled"):
                 shows.append(f"a picture on {name.partition('-')[2] or name}")
-        if "fb0" in self._below("graphics", address) and self._console():
-            shows.append("the text console (fb0)")
+        if console_on := self._console(address):
+            shows.append(f"the text console ({console_on})")
         hint = "systemctl stop display-manager, and use another display for the host"
-        return [User(address, DISPLAY, f"shows {_some(shows)}", hint)] if shows else []
+        return [User(address, DISPLAY, f"shows {_some(shows)}", hint, bool(console_on))] if shows else []
 
     def _firmware_display(self, address: str) -> list[User]:
         """The picture that firmware left on a graphics card without a driver; binding vfio ends it."""
-        if self.host.get(f"/sys/bus/pci/devices/{address}/boot_vga") != "1":
+        name = self._console(address)
+        if not name:
             return []
-        name = self.host.get("/sys/class/graphics/fb0/name")
-        if not name.startswith(("EFI", "VESA", "simple")) or not self._console():
-            return []
+        shown = f"{name}, {self.host.get(f'/sys/class/graphics/{name}/name')}"
         hint = "the host's console would be gone until it reboots"
-        return [User(address, DISPLAY, f"shows the text console (fb0, {name})", hint)]
+        return [User(address, DISPLAY, f"shows the text console ({shown})", hint, True)]
 
-    def _console(self) -> bool:
-        base = "/sys/class/vtconsole"
-        return any(
-            "frame buffer" in self.host.get(f"{base}/{n}/name") and self.host.get(f"{base}/{n}/bind") == "1"
-            for n in self.host.entries(base)
-        )
+    def _console(self, address: str) -> str:
+        """Return the framebuffer of a device that shows the text console, or ''."""
+        return console.framebuffer(self.host, address) if console.bound(self.host) else ""
 
     def _virtual_functions(self, address: str) -> list[User]:
         count = self.host.number(f"/sys/bus/pci/devices/{address}/sriov_numvfs")
@@ -371,7 +383,24 @@ class _Look:
         pid, node = next(iter(held.items()))
         unit = self.host.get(f"/proc/{pid}/cgroup").rpartition("/")[2]
         hint = f"systemctl stop {unit}" if unit.endswith(".service") else f"end it: kill {pid}"
-        return User(address, USE, f"is in use ({node}) by {_some(names)}", hint)
+        units = tuple(self._units(str(pid)) for pid in held)
+        return User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)
+
+    def _units(self, pid: str) -> frozenset[str]:
+        """Return the units whose stop ends a process: its own, and the display manager for its sessions'.
+
+        What runs in a graphical session is in a scope or a service of the user's, and ends with the session.
+        """
+        lines = self.host.get(f"/proc/{pid}/cgroup").splitlines()
+        path = next((line[3:] for line in lines if line.startswith("0::")), "")
+        names = {n for n in path.split("/") if n.endswith((".service", ".scope"))}
+        for session in self.host.entries("/run/systemd/sessions") if names else []:
+            text = self.host.get(f"/run/systemd/sessions/{session}")
+            about = dict(line.partition("=")[::2] for line in text.splitlines())
+            theirs = {f"session-{session}.scope", f"user@{about.get('UID')}.service"}
+            if about.get("TYPE") in ("x11", "wayland") and names & theirs:
+                names |= {"display-manager.service"}
+        return frozenset(names)
 
     def _name(self, pid: str) -> str:
         words = self.host.get(f"/proc/{pid}/cmdline").split("\0")

@@ -22,6 +22,7 @@ from virt_usher.testing.tree import Tree
 BUS = "/sys/bus/pci"
 GROUPS = "/sys/kernel/iommu_groups"
 UNSET = "(null)"
+CONSOLE = "/sys/class/vtconsole/vtcon1"
 NO_DMA = ("pci-stub", "pcieport")  # besides vfio's, the drivers with driver_managed_dma
 _DEVICE_FILE = re.compile(
     rf"{BUS}/devices/([^/]+)/(driver_override|driver/unbind|sriov_numvfs|power/control)"
@@ -115,6 +116,13 @@ class PciBus(Tree):
             self.file(f"{real}/{file}", text)
         return self.link_to(f"/sys/class/{kind}/{name}", "../.." + real.removeprefix("/sys"))
 
+    def framebuffer(self, address: str, name: str = "fb0") -> Self:
+        """Let the driver of a device make a framebuffer; the text console is on the first."""
+        self.hide(f"fb.{address}", name)
+        with self.step():
+            self._framebuffer(address)
+        return self
+
     def unplug(self, address: str) -> None:
         """Let a device vanish, as hot-unplug does."""
         if self.driver_of(address):
@@ -201,6 +209,8 @@ class PciBus(Tree):
                 self._unbind(m[1], text)
             else:
                 self._bind(m[1], text)
+        elif path == f"{CONSOLE}/bind" and self.hidden("console_stays"):
+            return  # store_bind in vt.c reports success whatever came of it
         elif path == f"{BUS}/drivers_probe":
             self._probe(text)
         else:
@@ -286,6 +296,8 @@ class PciBus(Tree):
             self.put(f"{real}/power/control", "auto")  # vfio_pci_core_register_device
             self._folder(f"{real}/vfio-dev/vfio0")
             self._group_node(address)
+        else:
+            self._framebuffer(address)
 
     def _detach(self, address: str) -> None:
         driver = self.driver_of(address)
@@ -295,6 +307,27 @@ class PciBus(Tree):
             self.put(f"{self.real(address)}/power/control", "on")  # vfio_pci_core_unregister_device
             shutil.rmtree(self.path(f"{self.real(address)}/vfio-dev"), ignore_errors=True)
             self._group_node(address)
+        else:
+            self._no_framebuffer(address)
+
+    def _framebuffer(self, address: str) -> None:
+        """With the first framebuffer of all, fbcon registers and takes the console (do_fbcon_takeover)."""
+        if name := self.hidden(f"fb.{address}"):
+            self.hangs_on(address, "graphics", name, name="a-drmdrmfb")
+            if not self.exists(CONSOLE):
+                self.file(f"{CONSOLE}/name", "(M) frame buffer device", 0o444)
+                self.file(f"{CONSOLE}/bind", "1")
+
+    def _no_framebuffer(self, address: str) -> None:
+        """The console goes to the dummy with its framebuffer, and fbcon goes with the last (6.12)."""
+        if name := self.hidden(f"fb.{address}"):
+            names = self.entries("/sys/class/graphics")
+            self._remove(f"/sys/class/graphics/{name}")
+            shutil.rmtree(self.path(f"{self.real(address)}/graphics"))
+            if names == [name]:
+                shutil.rmtree(self.path(CONSOLE))
+            elif names[0] == name:
+                self.put(f"{CONSOLE}/bind", "0")
 
     def _group_node(self, address: str) -> None:
         """/dev/vfio/GROUP is there as long as one of the group is on a vfio driver."""
