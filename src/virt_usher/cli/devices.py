@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -85,6 +86,8 @@ def command(usher: base.Usher, group: str | None, domain: str | None, as_json: b
                 _show_one(one)
         if not any(d["group"] for d in found):
             base.say("Without an IOMMU nothing can be passed through: virt-usher doctor", mark="warning")
+        if not usher.host.root and os.geteuid() != 0:
+            base.say("Only root sees which programs use a device, and whether MSI is on.", mark="warning")
         if silence:
             base.say(f"Who is configured to get a device is not known: {silence}", mark="warning")
     return base.finish(any(d["given"] and not d["reset"]["good"] for d in found))
