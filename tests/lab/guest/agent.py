@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 SHARE = Path("/lab")
@@ -46,6 +47,11 @@ def main() -> None:
         subprocess.run(["systemctl", "reboot"], check=False)
         return
     keep_logs(boot)
+    end(problem)
+
+
+def end(problem: str) -> None:
+    """Say how it went, and power off."""
     (OUT / "done").write_text(json.dumps({"problem": problem}))
     os.sync()
     subprocess.run(["systemctl", "poweroff", "--force", "--force"], check=False)
@@ -153,4 +159,9 @@ def shell(problem: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        # Nobody in here would notice, and the runner would wait for a word until it calls it a hang.
+        traceback.print_exc()
+        end(f"the guest's agent failed: {error!r}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.lab import machine
 from tests.lab.guest.kernel import cpu_list
 from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
 from tests.lab.guest.usher import enable, given_back
@@ -152,6 +153,19 @@ def test_three_domains_leave_in_any_order(domains: list[Pinned], order: tuple[in
         given_back(domains[index])
         held -= {index + 1}
         isolated(held)
+    same(before)
+
+
+@pytest.mark.smoke
+def test_a_core_is_isolated_as_a_whole(domains: list[Pinned]) -> None:
+    """Pinned to one of two threads, the other is no place for the host either."""
+    last = domains[2]
+    smt = machine.CPU_PROFILES[os.environ["LAB_CPU"]].smt
+    before = host_state()
+    enable(last, "cpu_isolation").start()
+    isolated({2, 3} if smt else {3})
+    last.stop()
+    given_back(last)
     same(before)
 
 

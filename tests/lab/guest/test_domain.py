@@ -18,13 +18,9 @@ def test_plain_domain(domain: Domain) -> None:
     confinement = Path(f"/proc/{domain.pid}/attr/current").read_text().strip()
     assert confinement.startswith("libvirt-")
     assert confinement.endswith("(enforce)")
+    assert "/machine.slice/" in Path(f"/proc/{domain.pid}/cgroup").read_text()
     domain.stop()
     assert domain.state == "shut off"
-
-
-def test_domain_is_in_the_machine_slice(domain: Domain) -> None:
-    domain.start()
-    assert "/machine.slice/" in Path(f"/proc/{domain.pid}/cgroup").read_text()
 
 
 @pytest.mark.parametrize("roles", [("nic",), ("gpu", "gpu_audio")], ids=lambda roles: roles[0])
