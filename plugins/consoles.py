@@ -12,6 +12,7 @@ from virt_usher.host import console
 @dataclass(frozen=True, eq=False)
 class Plugin:
     BEFORE = ("pci",)  # where `enable` puts it
+    FILES_ONLY = True  # it ends what pci refuses for
 
     @hookimpl
     def usher_prepare(self, domain: Domain, host: Host) -> Iterator[Action | Note]:

@@ -40,6 +40,7 @@ def modules(names: Iterable[str]) -> list[str]:
 @dataclass(frozen=True, eq=False)
 class Plugin:
     BEFORE = ("pci",)  # where `enable` puts it
+    FILES_ONLY = True  # it acts on the whole host
 
     unload: tuple[str, ...] = option(
         (), help="modules, in the order in which they are unloaded", check=modules

@@ -244,7 +244,11 @@ class _Merge:
                 )
                 continue
             try:
-                known = options.options_of(plugins.load(self.host, name, self.homes.get(name, "")))
+                plugin = plugins.load(self.host, name, self.homes.get(name, ""))
+                if getattr(plugin, "FILES_ONLY", False):
+                    hint = f"virt-usher enable DOMAIN {name}, and take it out of the domain's XML"
+                    raise UsherError(f"{name} can be switched on by root's files only", hint)
+                known = options.options_of(plugin)
                 values = {k: known[k].parse(v) if k in known else v for k, v in attributes.items()}
             except UsherError as error:
                 self.problems.append(UsherError(f"<metadata>: {error.message}", error.hint))

@@ -38,7 +38,8 @@ def problems(
 
 def _ends(host: Host, actions: Collection[Action], user: users.User) -> bool:
     if user.console:
-        return any(isinstance(a, Write) and a.path.startswith(console.CONSOLES) for a in actions)
+        writes = (a for a in actions if isinstance(a, Write) and a.path.startswith(console.CONSOLES))
+        return any(w.value == "0" for w in writes)
     stopped = {a.unit for a in actions if isinstance(a, KeepUnit) and not a.active}
     manager = host.link(f"/etc/systemd/system/{_MANAGER}")  # an alias: gdm.service, sddm.service, …
     if stopped & {manager, _MANAGER}:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests import test_rebind
 from tests.cli.conftest import Cli, hook
-from tests.plugins import test_services
+from tests.plugins import test_modules, test_pci, test_services
 
 from virt_usher.testing import FakeHost, domain_xml
 from virt_usher.testing.cgroup import CpuHost
@@ -65,6 +65,14 @@ def test_a_unit_has_a_state_before_and_now(cli: Cli, systemd: FakeHost) -> None:
     assert (held["original"], held["present"], held["drift"]) == ("active", "inactive", False)
     systemd.file("/units/greeter.service", "active")
     assert look(cli, systemd)["drift"]
+
+
+def test_a_module_that_is_loaded_again_is_drift(cli: Cli, tmp_path: Path) -> None:
+    host = test_modules.make(tmp_path, "modules", unload=("nvidia_uvm",))
+    held = start(cli, host, test_pci.xml(test_pci.GPU))
+    assert (held["original"], held["present"], held["drift"]) == ("loaded", "not loaded", False)
+    host.modprobe("nvidia_uvm")
+    assert look(cli, host)["drift"]
 
 
 def test_masks_that_somebody_set_meanwhile_are_named(cli: Cli, tmp_path: Path) -> None:

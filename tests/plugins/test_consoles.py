@@ -125,6 +125,17 @@ def test_a_console_that_comes_back_before_the_unbind_refuses(tmp_path: Path) -> 
     assert "shows the text console (fb0)" in refused(host)
 
 
+@pytest.mark.parametrize("plugin", ["consoles", "modules"])
+def test_the_domains_metadata_cannot_switch_it_on(tmp_path: Path, plugin: str) -> None:
+    """Whoever may define domains is not always root, and could take the host's display with it."""
+    host = make(tmp_path, plugins=("pci",))
+    usher = f"<u:domain xmlns:u='urn:virt-usher:domain:1'><u:plugin name='{plugin}'/></u:domain>"
+    given = xml(GPU).replace(b"<devices>", f"<metadata>{usher}</metadata><devices>".encode())
+    result = run_hook(host, "guest", "prepare", given)
+    assert result.status == 3
+    assert f"{plugin} can be switched on by root's files only" in result.stderr
+
+
 # -- what the firmware left
 
 

@@ -77,6 +77,18 @@ def _unit(host: LiveHost, step: Step, claims: list[Step]) -> Told:
     return {"original": step.data.get("old"), "wanted": wanted, "present": now, "drift": drift}
 
 
+def _module(host: LiveHost, step: Step, claims: list[Step]) -> Told:
+    """A module that is to be out of the kernel."""
+    now = "loaded" if host.exists(f"/sys/module/{step.data['module']}/initstate") else "not loaded"
+    original = "loaded" if step.data["old"]["loaded"] else "not loaded"
+    return {
+        "original": original,
+        "wanted": "not loaded",
+        "present": now,
+        "drift": step.done and now == "loaded",
+    }
+
+
 def _isolation(host: LiveHost, step: Step, claims: list[Step]) -> Told:
     """Masks of CPUs, many at once: only those that are not as the claims want them are told."""
     from virt_usher import isolate
@@ -90,5 +102,6 @@ _LOOKS: dict[str, Callable[[LiveHost, Step, list[Step]], Told]] = {
     "pages": _pages,
     "driver": _driver,
     "unit": _unit,
+    "module": _module,
     "isolation": _isolation,
 }
