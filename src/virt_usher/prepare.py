@@ -237,7 +237,8 @@ def _one(journals: Journals, journal: Journal, planned: Planned) -> None:
     else:
         what = planned.item.describe(journals.host)
         step = journals.do(journal, planned.plugin, what, planned.item.record())
-        text = f"{what} ({step.data['ms']} ms)"
+        skipped = f"skipped, {step.data['skipped']}, " if "skipped" in step.data else ""
+        text = f"{what} ({skipped}{step.data['ms']} ms)"
     log.say(log.INFO, journal.name, journal.start_id, f"{planned.plugin}: {text}")
 
 

@@ -46,8 +46,10 @@ class Unit(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         unit, old = step.data["unit"], step.data["old"]
-        if others or old not in (ACTIVE, INACTIVE) or stopping(host):
+        if others or old not in (ACTIVE, INACTIVE):
             return ""
+        if stopping(host):
+            return f"{unit} is left as it is: the system is stopping"
         now = state(host, unit)
         if now == old:
             return ""

@@ -111,6 +111,15 @@ def test_no_job_is_queued_while_the_system_stops(systemd: FakeHost) -> None:
     run_hook(systemd, "guest", "release")
     assert state(systemd, "smb") == "active"
     assert not systemd.journal("guest")
+    kept = systemd.read("/var/lib/virt-usher/last/guest.jnl")
+    assert '"remark":"smb.service is left as it is: the system is stopping"' in kept
+
+
+def test_a_start_while_the_system_stops_says_what_it_skipped(systemd: FakeHost) -> None:
+    systemd.file("/units/.system", "stopping")
+    assert run_hook(systemd, "guest", "prepare", enable(systemd, "guest", 'start = ["smb"]')).status == 0
+    assert state(systemd, "smb") == "inactive"
+    assert '"skipped":"the system is stopping"' in systemd.journal("guest")
 
 
 def test_a_host_without_systemd_refuses_with_one_line(host: FakeHost) -> None:
