@@ -120,6 +120,13 @@ def test_who_uses_a_device_is_told_in_a_word_and_in_full(cli: Cli, bus: PciHost)
     assert "0000:02:00.0: carries what is mounted on /" in out
 
 
+def test_what_concerns_every_device_is_told_once(cli: Cli, bus: PciHost) -> None:
+    bus.file("/sys/class/iommu/dmar0/x").file("/sys/kernel/irq/0/chip_name", "IO-APIC")
+    ran = cli("devices", host=bus)
+    assert ran.out.count("Each device could send any interrupt") == 1
+    assert row(ran.out, "0000:04:00.0")[4] == "USB"
+
+
 def test_the_last_keyboard_is_told_where_it_is_the_last(cli: Cli, bus: PciHost) -> None:
     bus.unplug("0000:05:00.0")
     os.unlink(bus.path("/sys/class/input/input5"))

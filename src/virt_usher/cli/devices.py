@@ -86,6 +86,8 @@ def command(usher: base.Usher, group: str | None, domain: str | None, as_json: b
                 _show_one(one)
         if not any(d["group"] for d in found):
             base.say("Without an IOMMU nothing can be passed through: virt-usher doctor", mark="warning")
+        if every := vfio.interrupts(usher.host):
+            base.say(f"Each device {every.what}: {every.hint}", mark="warning")
         if not usher.host.root and os.geteuid() != 0:
             base.say("Only root sees which programs use a device, and whether MSI is on.", mark="warning")
         if silence:
@@ -161,18 +163,19 @@ def _reset(verdict: reset.Verdict) -> dict[str, Any]:
 
 def _add_names(host: Host, found: Iterable[dict[str, Any]]) -> None:
     """Add the names that udev has from hwdb; '' where it does not run, or for a host that is not this one."""
-    names: dict[str, str] = {}
+    names: dict[str, tuple[str, str]] = {}
     if not host.root:
         try:
             import pyudev
 
             for device in pyudev.Context().list_devices(subsystem="pci"):
-                parts = (device.properties.get(f"ID_{p}_FROM_DATABASE", "") for p in ("VENDOR", "MODEL"))
-                names[device.sys_name] = " ".join(p for p in parts if p)
+                vendor, model = (f"ID_{part}_FROM_DATABASE" for part in ("VENDOR", "MODEL"))
+                known = device.properties
+                names[device.sys_name] = (known.get(vendor, ""), known.get(model, ""))
         except (ImportError, OSError):
             names = {}
     for one in found:
-        one["name"] = names.get(one["address"], "")
+        one["vendor"], one["name"] = names.get(one["address"], ("", ""))
 
 
 def _add_holders(usher: base.Usher, found: Iterable[dict[str, Any]], given: _GIVEN) -> None:
@@ -185,7 +188,7 @@ def _add_holders(usher: base.Usher, found: Iterable[dict[str, Any]], given: _GIV
 
 def _add_users(host: Host, pci: Pci, found: Iterable[dict[str, Any]]) -> None:
     """Add what keeps each device from a domain now, as the plugin pci would say; one walk over /proc."""
-    quirks = Quirks(host)
+    quirks, everywhere = Quirks(host), vfio.interrupts(host)
     asked = [one for one in found if not _stays(one) and one["id"]]
     using = users.find(host, [one["address"] for one in asked], together=False)
     for one in found:
@@ -195,13 +198,12 @@ def _add_users(host: Host, pci: Pci, found: Iterable[dict[str, Any]]) -> None:
         driver = device.driver if device.on_vfio else "vfio-pci"
         guest = (users.GUEST, one["group"])  # found once for a group, which a guest has as a whole
         standing: list[users.User | vfio.Obstacle] = [
-            *(o for o in vfio.obstacles(host, device, driver, quirks) if o.problem == vfio.WAIVABLE),
-            *(
-                u
-                for u in using
-                if u.address == one["address"] or (u.problem, pci.device(u.address).group) == guest
-            ),
+            u
+            for u in using
+            if u.address == device.address or (u.problem, pci.device(u.address).group) == guest
         ]
+        own = (o for o in vfio.obstacles(host, device, driver, quirks) if o.problem == vfio.WAIVABLE)
+        standing += [o for o in own if o != everywhere]
         one["in_the_way"] = [{"problem": f.problem, "what": f.what, "hint": f.hint} for f in standing]
 
 
@@ -257,7 +259,7 @@ def _show_one(one: dict[str, Any]) -> None:
 def _facts(one: dict[str, Any]) -> Iterator[str]:
     if one["id"]:
         boot = ", the display the firmware chose" if one["boot_vga"] else ""
-        yield f"{one['name']} [{one['id']}]{boot}".lstrip()
+        yield f"{one['vendor']} {one['name']} [{one['id']}]{boot}".lstrip()
         node = "" if one["numa_node"] is None else f", NUMA node {one['numa_node']}"
         override = f" (only {one['driver_override']} may bind)" if one["driver_override"] else ""
         msi = f", MSI {one['msi']}" if one["msi"] else ""

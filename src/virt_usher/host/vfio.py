@@ -68,12 +68,16 @@ def obstacles(host: Host, device: Device, driver: str, quirks: Quirks) -> Iterat
     if "direct" in _region_kinds(host, device.group):
         what = f"shares memory with the firmware (a 'direct' region of IOMMU group {device.group}, RMRR)"
         yield Obstacle(WAIVABLE, what, "the firmware may have a switch for it, such as of remote management")
-    if remaps_interrupts(host) is False and not allows_unsafe_interrupts(host):
-        yield Obstacle(
-            WAIVABLE,
-            "could send any interrupt, since this host does not remap them: VFIO refuses that",
-            f"switch x2APIC on in the firmware, or set {_UNSAFE}=1 (see docs/pci.md)",
-        )
+    if every := interrupts(host):
+        yield every
+
+
+def interrupts(host: Host) -> Obstacle | None:
+    """Tell whether VFIO refuses every device of this host, since interrupts are not remapped (-EPERM)."""
+    if remaps_interrupts(host) is not False or allows_unsafe_interrupts(host):
+        return None
+    what = "could send any interrupt, since this host does not remap them: VFIO refuses that"
+    return Obstacle(WAIVABLE, what, f"switch x2APIC on in the firmware, or set {_UNSAFE}=1 (see docs/pci.md)")
 
 
 def remaps_interrupts(host: Host) -> bool | None:
