@@ -6,14 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from virt_usher.cli import run
 from virt_usher.testing import FakeHost, run_hook
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "usher-swappiness"
 SWITCH = '[plugins.swappiness]\nfrom = "usher_swappiness:Swappiness"\nvalue = 5\n'
+NOWHERE = "test:///there/is/no/such/file.xml"
+OWN = "/etc/virt-usher/domains/guest.toml"
 KNOB = "/proc/sys/vm/swappiness"
 
 
@@ -42,11 +46,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def host(host: FakeHost, package: Path) -> FakeHost:
-    """A host that has the package, a domain that has it on, and a knob."""
+def host(host: FakeHost, package: Path) -> Iterator[FakeHost]:
+    """A host that has the package, a domain that has it on, and a knob; this process forgets the package."""
     host.domain("guest", SWITCH).file(KNOB, "60")
     shutil.copytree(package, host.path("/etc/virt-usher/packages"))
-    return host
+    path = list(sys.path)
+    yield host
+    sys.path[:] = path
+    sys.modules.pop("usher_swappiness", None)
 
 
 def test_a_packaged_plugin_does_its_work_and_is_undone(host: FakeHost) -> None:
@@ -82,6 +89,60 @@ def test_a_damaged_package_refuses_those_who_need_it_and_nobody_else(
     assert result.status != 0
     assert reason in result.stderr
     assert run_hook(host.domain("other", "[plugins.governor]\n"), "other", "prepare").status == 0
+
+
+def test_it_is_listed_with_how_to_use_it_and_enabled_by_name(
+    host: FakeHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.unlink(host.path(OWN))
+    assert run(["plugins", "swappiness"], host, NOWHERE) == 0
+    told = capsys.readouterr().out
+    for line in (
+        'from = "usher_swappiness:Swappiness"',
+        "virt-usher enable DOMAIN swappiness",
+        "value = 1  vm.swappiness while the domain runs",
+    ):
+        assert line in told
+    assert run(["enable", "guest", "swappiness", "value=5"], host, NOWHERE) == 0
+    assert host.read(OWN) == SWITCH.strip()
+    assert run(["enable", "guest", "swappiness", "value=7"], host, NOWHERE) == 0
+    assert run_hook(host, "guest", "prepare").status == 0
+    assert host.read(KNOB) == "7"
+
+
+def test_a_class_that_no_entry_point_names_is_enabled_by_its_place(host: FakeHost) -> None:
+    os.unlink(host.path(OWN))
+    assert run(["enable", "guest", "calm", "from=usher_swappiness:Swappiness", "value=5"], host, NOWHERE) == 0
+    assert host.read(OWN) == SWITCH.strip().replace("swappiness]", "calm]")
+    assert run_hook(host, "guest", "prepare").status == 0
+    assert host.read(KNOB) == "5"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["swappines"], "there is no plugin 'swappines'"),
+        (["swappiness", "from=usher_swappiness:Nothing"], "has no dataclass called Nothing"),
+        (["swappiness", "from=os:system"], "there is no os in /etc/virt-usher/packages"),
+        (["swappiness", "valeu=5"], "did you mean 'value'?"),
+    ],
+)
+def test_what_is_not_there_is_not_enabled(
+    host: FakeHost, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["enable", "other", *words], host, NOWHERE) == 1
+    assert complaint in capsys.readouterr().err
+    assert not host.exists("/etc/virt-usher/domains/other.toml")
+
+
+def test_a_broken_package_is_listed_with_its_error(
+    host: FakeHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(host.path("/etc/virt-usher/packages/usher_swappiness.py")).write_text("nonsense(")
+    assert run(["plugins"], host, NOWHERE) == 1
+    told = capsys.readouterr().out
+    assert "SyntaxError" in told
+    assert "hugepages" in told
 
 
 @pytest.mark.parametrize("home", ["os:system", "../x:Y", "usher_swappiness", "a b:c"])

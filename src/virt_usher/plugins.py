@@ -22,7 +22,7 @@ from virt_usher.errors import UsherError, nearest
 from virt_usher.host import CONFIG_DIR, Host
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_HOME = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+HOME = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 Trace = Callable[[str], None]
 _T = TypeVar("_T")
 ADMIN_DIR = f"{CONFIG_DIR}/plugins"
@@ -91,7 +91,7 @@ def load(host: Host, name: str, home: str = "") -> type[Any]:
 
 def _load_packaged(host: Host, name: str, home: str) -> type[Any]:
     """Import a plugin from PACKAGES_DIR, where the admin named it by `from = "module:Class"`."""
-    match = _HOME.fullmatch(home)
+    match = HOME.fullmatch(home)
     if not match:
         raise UsherError(f"plugins.{name}.from: {home!r} is not like 'module:Class'")
     module_name, class_name = match.groups()

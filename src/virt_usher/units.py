@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from virt_usher.journal import Step
 
 SYSTEMCTL = "/usr/bin/systemctl"
-ACTIVE, INACTIVE = "active", "inactive"
+ACTIVE, INACTIVE, FAILED = "active", "inactive", "failed"
+_SETTLES = {"activating": ACTIVE, "reloading": ACTIVE, "refreshing": ACTIVE, "deactivating": INACTIVE}
 BACK = 5.0  # seconds that a release waits for a unit
 
 
@@ -34,7 +35,10 @@ class Unit(Kind):
                 raise UsherError(
                     f"{fields['unit']} is kept {other.data['want']} for the domain {other.domain!r}"
                 )
-        return {"old": others[0].data["old"] if others else state(host, fields["unit"])}
+        if others:
+            return {"old": others[0].data["old"]}
+        now = state(host, fields["unit"])
+        return {"old": INACTIVE if now == FAILED and fields["want"] == ACTIVE else _SETTLES.get(now, now)}
 
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
@@ -56,7 +60,7 @@ class Unit(Kind):
         if now != step.data["want"] and step.done:
             return f"{unit} is {now} and not as we left it: left alone"
         # A unit that was restarted often has used up its start limit (systemd.unit, StartLimitBurst=).
-        _systemctl(host, ["reset-failed", unit], time.monotonic() + BACK)
+        _systemctl(host, ["reset-failed", "--", unit], time.monotonic() + BACK)
         _bring(host, unit, old, time.monotonic() + BACK)
         return ""
 
@@ -84,14 +88,17 @@ def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> None:
     (a start at boot, before the daemon is ready).
     """
     verb = "start" if want == ACTIVE else "stop"
-    if state(host, unit) == want:
+    now = state(host, unit)
+    if now == want or (now == FAILED and want == INACTIVE):
         return
+    if now == FAILED:  # until the job runs it would look as if the job had failed
+        _systemctl(host, ["reset-failed", "--", unit], deadline)
     _systemctl(host, ["--no-block", verb, "--", unit], deadline)
     pause = 0.02
     while (now := state(host, unit)) != want and time.monotonic() + pause < deadline:
-        if now == "failed" and want == INACTIVE:
+        if now == FAILED and want == INACTIVE:
             return
-        if now == "failed":
+        if now == FAILED:
             raise UsherError(f"{unit} failed to {verb}", f"systemctl status {unit}")
         time.sleep(pause)
         pause = min(pause * 2, 0.5)

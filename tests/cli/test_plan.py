@@ -35,6 +35,34 @@ def test_each_action_is_shown_from_what_is_to_what_would_be(cli: Cli, pc: FakeHo
     assert all(len(line) <= 80 for line in ran.out.splitlines())
 
 
+def test_a_trace_shows_every_hook_call_of_the_plan(cli: Cli, pc: FakeHost, guest: str) -> None:
+    own = "from dataclasses import dataclass\nfrom virt_usher import hookimpl\n\n@dataclass\nclass Plugin:\n"
+    for hook in ("usher_wants(self, operation)", "usher_start(self, domain)", "usher_started(self)"):
+        own += f"    @hookimpl\n    def {hook}:\n        {'return True' if 'wants' in hook else '1 / 0'}\n"
+    pc.plugin("own", own).domain("guest", "[plugins.governor]\n[plugins.own]\n")
+    assert "trace" not in cli("plan", "--json", "--xml", guest).json[0]
+    told = cli("plan", "--trace", "--json", "--xml", guest).json[0]["trace"]
+    assert [t.partition("(")[0] for t in told] == [
+        "governor: usher_prepare",
+        "governor: usher_check",
+        "own: usher_wants",
+        "own: usher_wants",
+        "own: usher_start",
+        "governor: usher_check",
+        "own: usher_wants",
+        "own: usher_started",
+        "governor: usher_check",
+    ]
+    assert "(domain=Domain(name='guest'" in told[0]
+    assert "[Write(path=" in told[0]
+    assert "(operation='start') = True in " in told[2]
+    assert "ZeroDivisionError" in told[4]
+    assert all(t.endswith(" ms") for t in told)
+    out = cli("plan", "--trace", "--xml", guest).out
+    assert out.count("trace: ") == len(told)
+    assert f"host={pc!r}" in out
+
+
 def test_nothing_is_changed(cli: Cli, pc: FakeHost, guest: str) -> None:
     pc.domain("guest", PAGES + "[plugins.governor]\n")
     before = pc.snapshot()

@@ -15,6 +15,7 @@ echo "$*" >>"$units/.calls"
 for unit; do :; done
 case $1 in
     is-system-running) cat "$units/.system" ;;
+    reset-failed) [ "$(cat "$units/$unit")" != failed ] || echo inactive >"$units/$unit" ;;
     show)
         [ -e "$units/$unit" ] || { echo LoadState=not-found; echo ActiveState=inactive; exit 0; }
         echo LoadState=loaded; echo "ActiveState=$(cat "$units/$unit")" ;;
@@ -31,10 +32,16 @@ esac
 
 @pytest.fixture
 def systemd(host: FakeHost) -> FakeHost:
-    """A host with systemd: smb is inactive, greeter active, broken does not start, stuck never moves."""
+    """A host with systemd: smb is inactive, greeter active, broken does not start, stuck never moves, crashed has failed."""
     host.file("/usr/bin/systemctl", SYSTEMCTL, 0o755).file("/run/systemd/system/.keep")
     host.file("/units/.system", "running").file("/units/.calls")
-    states = {"smb": "inactive", "greeter": "active", "broken": "inactive", "stuck": "active"}
+    states = {
+        "smb": "inactive",
+        "greeter": "active",
+        "broken": "inactive",
+        "stuck": "active",
+        "crashed": "failed",
+    }
     for name, state in states.items():
         host.file(f"/units/{name}.service", state)
     return host
@@ -77,6 +84,21 @@ def test_a_unit_somebody_else_changed_is_left_alone(systemd: FakeHost) -> None:
     systemd.file("/units/greeter.service", "failed")
     run_hook(systemd, "guest", "release")
     assert state(systemd, "greeter") == "failed"
+
+
+@pytest.mark.parametrize(
+    ("option", "meanwhile", "then"), [("start", "active", "inactive"), ("stop", "failed", "failed")]
+)
+def test_a_unit_that_had_failed_is_brought_and_put_back_to_rest(
+    systemd: FakeHost, option: str, meanwhile: str, then: str
+) -> None:
+    assert (
+        run_hook(systemd, "guest", "prepare", enable(systemd, "guest", f'{option} = ["crashed"]')).status == 0
+    )
+    assert state(systemd, "crashed") == meanwhile
+    run_hook(systemd, "guest", "release")
+    assert state(systemd, "crashed") == then
+    assert "left alone" not in systemd.read("/var/lib/virt-usher/last/guest.jnl")
 
 
 @pytest.mark.parametrize(

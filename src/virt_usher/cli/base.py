@@ -51,9 +51,11 @@ def complete_plugin(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[str | CompletionItem]:
     """Complete the name of an installed plugin."""
+    from virt_usher.cli.packages import packaged
     from virt_usher.plugins import installed
 
-    return [n for n in installed(ctx.find_root().obj.host) if n.startswith(incomplete)]
+    host = ctx.find_root().obj.host
+    return sorted(n for n in {*installed(host), *packaged(host)} if n.startswith(incomplete))
 
 
 def complete_words(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str | CompletionItem]:

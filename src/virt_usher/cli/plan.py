@@ -14,9 +14,10 @@ from virt_usher.errors import UsherError, printable
 @click.command(name="plan")
 @base.domain_argument()
 @click.option("--xml", type=click.File("rb"), metavar="FILE", help="Read the domain's XML here; - is stdin.")
+@click.option("--trace", is_flag=True, help="Show each call of a plugin's hook too.")
 @base.json_option
 @click.pass_obj
-def command(usher: base.Usher, domain: str | None, xml: Any, as_json: bool) -> int:
+def command(usher: base.Usher, domain: str | None, xml: Any, trace: bool, as_json: bool) -> int:
     """Show what a start would do now, and what would refuse it.
 
     Nothing is changed. Without DOMAIN, all domains that libvirt knows. Ends with status 1 if
@@ -25,7 +26,7 @@ def command(usher: base.Usher, domain: str | None, xml: Any, as_json: bool) -> i
     if domain and xml:
         raise click.UsageError("DOMAIN or --xml, not both")
     usher.need_root()
-    plans = [tell(usher.host, name, text) for name, text in _domains(usher, domain, xml)]
+    plans = [tell(usher.host, name, text, trace) for name, text in _domains(usher, domain, xml)]
     if as_json:
         base.say_json(plans)
     elif not plans:
@@ -50,6 +51,8 @@ def _domains(usher: base.Usher, name: str | None, xml: Any) -> list[tuple[str, b
 
 def _show(plan: dict[str, Any]) -> None:
     click.secho(printable(plan["domain"]), bold=True)
+    for call in plan.get("trace", []):
+        base.say(f"trace: {call}", 2)
     for step in plan["steps"]:
         at = "" if step["operation"] == "prepare" else f" (at {step['operation']})"
         text = step["action"] if "action" in step else f"left out: {step['note']}"

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from virt_usher.cli import base
+from virt_usher.cli.packages import packaged
 from virt_usher.cli.tell.plugins import switches_of, tell
 from virt_usher.config import ALWAYS_ON
 from virt_usher.errors import printable
@@ -35,10 +36,12 @@ def command(usher: base.Usher, words: tuple[str, ...], as_json: bool) -> int:
         raise click.UsageError(f"takes {USAGE}")
     name = words[0] if words else None
     switches = switches_of(usher.host)
-    names = [name] if name else sorted(installed(usher.host))
+    homes = [*((n, "") for n in sorted(installed(usher.host))), *packaged(usher.host).items()]
     if name:
+        homes = [(n, home) for n, home in homes if n == name]
+    if name and not homes:
         find(usher.host, name)
-    found = [tell(usher.host, n, switches) for n in names]
+    found = [tell(usher.host, n, switches, home) for n, home in homes]
     if as_json:
         base.say_json(found)
     for one in [] if as_json else found:
@@ -50,6 +53,10 @@ def _show(one: dict[str, Any], full: bool) -> None:
     click.secho(printable(one["name"]), bold=True, nl=False)
     click.echo(f"  {printable(one['summary'])}" if one["summary"] else "")
     base.command_line(one["file"], 2)
+    if one["from"]:
+        base.command_line(f'from = "{one["from"]}"', 2)
+        if not one["on"] and not one["every_domain"]:
+            base.command_line(f"virt-usher enable DOMAIN {one['name']}", 2)
     if one["error"]:
         base.say(one["error"], 2, "problem")
     where = (["every domain"] if one["every_domain"] else []) + one["on"]

@@ -16,8 +16,8 @@ from virt_usher.prepare import Plan, make_plan
 _SIGNS = (b"<hostdev", b"type='hostdev'", b"type='nvme'", b"vfio-pci", b"urn:virt-usher:")
 
 
-def tell(host: Host, name: str, xml: bytes) -> dict[str, Any]:
-    """Plan one domain's start: all that `plan` shows, as data."""
+def tell(host: Host, name: str, xml: bytes, trace: bool = False) -> dict[str, Any]:
+    """Plan one domain's start: all that `plan` shows, as data; with `trace` each hook call too."""
     try:
         domain = Domain.from_xml(xml)
     except UsherError as error:
@@ -25,9 +25,10 @@ def tell(host: Host, name: str, xml: bytes) -> dict[str, Any]:
         return {"domain": name, "refused": True, "steps": [], "problems": problems, "waived": [], "notes": []}
     domain = replace(domain, name=name or domain.name)
     settings = config.settings(host, domain)
-    first = make_plan(host, domain, settings)
+    calls: list[str] = []
+    first = make_plan(host, domain, settings, trace=calls.append)
     plans = {"prepare": first}
-    plans |= {o: make_plan(host, domain, settings, o) for o in first.later}
+    plans |= {o: make_plan(host, domain, settings, o, calls.append) for o in first.later}
     concerned = _concerned(host, domain.name, xml)
     reasons = {p.message: p for o, plan in plans.items() if o != "started" for p in plan.problems}
     refused = bool(reasons) and concerned and not host.exists(f"{CONFIG_DIR}/off")
@@ -38,6 +39,7 @@ def tell(host: Host, name: str, xml: bytes) -> dict[str, Any]:
         "waived": list(dict.fromkeys(text for plan in plans.values() for text in plan.waived)),
         "problems": [{"message": p.message, "hint": p.hint} for p in reasons.values()],
         "notes": _notes(host, domain, concerned),
+        **({"trace": calls} if trace else {}),
     }
 
 

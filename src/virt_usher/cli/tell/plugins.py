@@ -11,7 +11,7 @@ from virt_usher.cli.edit import EVERY
 from virt_usher.config import ALWAYS_ON
 from virt_usher.errors import UsherError
 from virt_usher.host import CONFIG_DIR, Host
-from virt_usher.plugins import installed, load
+from virt_usher.plugins import PACKAGES_DIR, installed, load
 
 
 def switches_of(host: Host) -> dict[str, dict[str, bool]]:
@@ -32,11 +32,12 @@ def _switches(host: Host, path: str) -> dict[str, bool]:
         return {}
 
 
-def tell(host: Host, name: str, switches: dict[str, dict[str, bool]]) -> dict[str, Any]:
-    """Tell all about one plugin, as data."""
+def tell(host: Host, name: str, switches: dict[str, dict[str, bool]], home: str = "") -> dict[str, Any]:
+    """Tell all about one plugin, as data; `home` is "module:Class" for one out of a package."""
     told: dict[str, Any] = {
         "name": name,
-        "file": installed(host)[name],
+        "file": PACKAGES_DIR if home else installed(host)[name],
+        "from": home,
         "summary": "",
         "options": [],
         "every_domain": switches.get("", {}).get(name, False),
@@ -45,7 +46,7 @@ def tell(host: Host, name: str, switches: dict[str, dict[str, bool]]) -> dict[st
         "error": "",
     }
     try:
-        plugin = load(host, name)
+        plugin = load(host, name, home)
         told["summary"] = (sys.modules[plugin.__module__].__doc__ or plugin.__doc__ or "").split("\n")[0]
         told["options"] = [_option(o) for o in options.options_of(plugin).values()]
     except UsherError as error:
