@@ -32,7 +32,7 @@ esac
 
 @pytest.fixture
 def systemd(host: FakeHost) -> FakeHost:
-    """A host with systemd: smb is inactive, greeter active, broken does not start, stuck never moves, crashed has failed."""
+    """With systemd: smb is inactive, greeter active, crashed failed; broken fails, stuck never moves."""
     host.file("/usr/bin/systemctl", SYSTEMCTL, 0o755).file("/run/systemd/system/.keep")
     host.file("/units/.system", "running").file("/units/.calls")
     states = {
