@@ -41,7 +41,7 @@ def two_sizes(host: FakeHost) -> FakeHost:
 
 
 @pytest.mark.parametrize(
-    ("furnished", "xml", "stride"), [(combined, XML, EVERY), (two_sizes, ALL_SIZES, 3 * EVERY)]
+    ("furnished", "xml", "stride"), [(combined, XML, 2 * EVERY), (two_sizes, ALL_SIZES, 6 * EVERY)]
 )
 def test_nothing_stays_wherever_the_hook_is_killed_or_a_write_fails(
     new_host: Callable[[], FakeHost], furnished: Callable[[FakeHost], FakeHost], xml: bytes, stride: int

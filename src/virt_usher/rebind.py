@@ -175,7 +175,8 @@ class Device:
 
     @property
     def override(self) -> str:
-        return self.get("driver_override") or UNSET
+        # Not get(): an original that could not be read must not pass for none.
+        return self.host.read(f"{self.dir}/driver_override") or UNSET
 
     @property
     def on_vfio(self) -> bool:

@@ -93,7 +93,8 @@ def start_hook(
     """Call the hook and do not wait for it.
 
     `kill_at`: the kill point at which the worker dies (`kill`: 'process' itself, 'family' the waiting parent
-    too). `prepare` is called in the child first. Without XML a small domain's is given.
+    too, 'parent' that one alone). `prepare` is called in the child first. Without XML a small
+    domain's is given.
     """
     if xml is None:
         xml = domain_xml(name)

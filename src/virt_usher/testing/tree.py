@@ -26,6 +26,7 @@ from virt_usher.host import RUN_DIR, LiveHost
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATH_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod")
+_EVENTS = ("open", "os.posix_spawn", *_PATH_EVENTS)
 _watching: list[Tree] = []
 _hooked: list[bool] = []
 
@@ -36,7 +37,7 @@ class Killed(BaseException):
 
 @dataclass
 class Fault:
-    """An answer of the kernel to come: `errno` for a path, at the nth time (0: every time)."""
+    """An answer of the kernel to come: `errno` for a path, at the nth time (0: always, -n: from then on)."""
 
     glob: str
     errno: int
@@ -48,7 +49,7 @@ class Fault:
         if self.on != on or not fnmatchcase(path, self.glob):
             return False
         self.seen += 1
-        return self.nth in (0, self.seen)
+        return self.nth in (0, self.seen) or -self.seen <= self.nth < 0
 
 
 class Tree(LiveHost):
@@ -97,10 +98,10 @@ class Tree(LiveHost):
     # -- faults and kill points
 
     def fail(self, glob: str, number: int, nth: int = 0, on: str = "write") -> Self:
-        """Answer the nth write (or read) of paths that match with an errno; 0 is every one.
+        """Answer the nth write (or read) of paths that match with an errno; 0 is all, -n from the nth on.
 
-        A write is a value stored in /sys or /proc, and any file below this root that is opened for
-        writing, made, renamed or removed, such as the journal.
+        A write is a value stored in /sys or /proc, any file below this root that is opened for
+        writing, made, renamed or removed, such as the journal, and any program there that is started.
         """
         self._faults.append(Fault(glob, number, nth, on))
         return self
@@ -128,21 +129,30 @@ class Tree(LiveHost):
     def kill_at(self, point: int, how: str = "raise") -> None:
         """Die at the nth point from now; 0 is never. Points are before, within and after each write.
 
-        `how`: 'raise' Killed, 'process' (SIGKILL), or 'family' (SIGKILL of the parent as well).
+        `how`: 'raise' Killed, 'process' (SIGKILL), 'family' (SIGKILL of the parent as well), or 'parent' (of
+        the parent alone: this process goes on). With a point of -1 nobody dies: see `passed`.
         """
         self.points, self._kill_at, self._kill_how = 0, point, how
 
     def point(self, path: str) -> None:
         """Pass one place where the process may be killed."""
         self.points += 1
+        if self._kill_at < 0:
+            with open(os.path.join(self._kernel, "passed"), "a") as stream:
+                stream.write(f"{path}\n")
         if self.points != self._kill_at:
             return
         Path(self._kernel, "killed").write_text(path)
         if self._kill_how == "raise":
             raise Killed(path)
-        if self._kill_how == "family":
+        if self._kill_how in ("family", "parent"):
             os.kill(os.getppid(), signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self._kill_how != "parent":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def passed(self) -> list[str]:
+        """Return the paths of all points that were passed since `kill_at(-1)`, and forget them."""
+        return self.happened("passed").splitlines()
 
     def happened(self, what: str) -> str:
         """Return where a kill point ('killed') or a fault ('struck') hit since the last question, or ''."""
@@ -348,7 +358,7 @@ def _look(real: str) -> str:
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watching or (event != "open" and event not in _PATH_EVENTS):
+    if not _watching or event not in _EVENTS:
         return
     if event == "open" and not int(arguments[2] or 0) & _WRITING:
         return

@@ -1,0 +1,210 @@
+"""Every plugin, and all of them at once: killed and failed at every write of every operation.
+
+How many of the writes: all with VIRT_USHER_SOAK=1, else so many of each attack as time allows, others
+for each attack.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.attacks.conftest import Tally
+from tests.attacks.table import PLUGINS, ROWS, SCRIPTS, Row
+from tests.conftest import ROOT
+
+from virt_usher.cli import main
+from virt_usher.testing import FakeHost, Result
+from virt_usher.testing.conformance import ATTACKS, ERRNOS, LIFE, Attack, attacked, call, differences, settled
+
+pytestmark = pytest.mark.timeout(1800)  # many cases in one test, on CPUs that others use too
+
+SOAK = bool(os.environ.get("VIRT_USHER_SOAK"))
+# Points of each attack; twice as many for all plugins at once.
+MOST = 10**6 if SOAK else 5 if os.environ.get("CI") == "true" else 1
+
+MORE = tuple(
+    Attack(operation, how, then)
+    for operation in ("prepare", "release")
+    for how, then in (
+        ("killed", "recover"),
+        ("killed with its daemon", "release"),
+        ("killed with its daemon", "recover"),
+        ("its parent killed", "prepare"),
+        ("errno+", "release"),
+        ("errno+", "recover"),
+    )
+)
+
+
+def test_every_shipped_plugin_has_a_row() -> None:
+    assert set(PLUGINS) == {p.stem for p in (ROOT / "plugins").glob("*.py")}
+
+
+def gone_daemon(host: FakeHost, *arguments: Any) -> Result:
+    """Call the hook as a child of a gate of a daemon that ends: so recover finds its domain stale."""
+    out, into = os.pipe()
+    daemon = os.fork()
+    if daemon == 0:
+        if os.fork() == 0:
+            os.write(into, pickle.dumps(call(host, *arguments)))
+            os._exit(0)
+        os.wait()
+        os._exit(0)
+    os.close(into)
+    with open(out, "rb") as stream:
+        result: Result = pickle.load(stream)  # noqa: S301  # our own child's
+    os.waitpid(daemon, 0)
+    return result
+
+
+def recover(host: FakeHost) -> None:
+    """Run `virt-usher recover` as at boot; it must leave nothing."""
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        try:
+            main(("recover", "--boot"), host)
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, host.journal("guest")
+
+
+def points(row: Row, root: Path) -> dict[str, list[str]]:
+    """Return the places that each operation passes."""
+    host, passed = row.host(root), {}
+    for operation in LIFE:
+        result = call(host, "guest", operation, row.xml(), -1)
+        assert result.status == 0, result.stderr
+        passed[operation] = host.passed()
+    shutil.rmtree(root)
+    return passed
+
+
+def sample(count: int, most: int, seed: str) -> list[int]:
+    """Return so many of the points 1 to count, spread over all of them."""
+    if count <= most:
+        return list(range(1, count + 1))
+    dice = random.Random(zlib.crc32(seed.encode()))  # noqa: S311  # the same points in every run
+    part = count / most
+    return sorted({1 + int(part * (i + dice.random())) for i in range(most)})
+
+
+def one(row: Row, root: Path, case: tuple[Attack, int]) -> bool:
+    """Try one case, in a process that does nothing else."""
+    attack, point = case
+    host = row.host(root / f"{os.getpid()}-{attack}-{point}".replace(" ", "-"))
+    calls = gone_daemon if attack.then == "recover" else call
+    hit = attacked(host, "guest", row.xml(), attack, point, calls, recover)
+    shutil.rmtree(host.root)
+    return hit
+
+
+def all_of(try_one: Callable[[Any], bool], cases: list[Any]) -> int:
+    """Try cases on all CPUs; return how many hit."""
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return sum(pool.imap_unordered(try_one, cases))
+
+
+def in_turn(attack: Attack, number: int) -> list[Attack]:
+    """Return the attack with its errnos: with all of them in a soak, else with one after the other."""
+    codes = ERRNOS if SOAK else [ERRNOS[number % len(ERRNOS)]]
+    if not attack.how.startswith("errno"):
+        return [attack]
+    return [Attack(attack.operation, attack.how.replace("errno", c), attack.then) for c in codes]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("what", ["kill", "fail"])
+def test_nothing_stays(room: Path, name: str, what: str, tried: Tally) -> None:
+    row, most = ROWS[name], MOST * (2 if name == "combined" else 1)
+    passed = points(row, room / "count")
+    cases = [
+        (turned, point)
+        for attack in (*ATTACKS, *MORE)
+        if ("errno" in attack.how) == (what == "fail")
+        for point in sample(len(passed[attack.operation]), most, f"{name} {attack}")
+        for turned in in_turn(attack, point)
+    ]
+    hits = all_of(partial(one, row, room), cases)
+    assert hits > len(cases) * 0.6  # a failure may strike after the last write, and a killed parent one less
+    tried(what, hits)
+
+
+def vanished(row: Row, root: Path, case: tuple[str, int]) -> bool:
+    """Let the nth file that a start reads be gone: it copes or says so, and all comes back."""
+    code, nth = case
+    host = row.host(root / "-".join(map(str, case)))
+    before = host.snapshot()
+    host.fail("*", getattr(errno, code), nth, on="read")
+    result = call(host, "guest", "prepare", row.xml())
+    host.heal()
+    hit = bool(result.struck)
+    for text in ("Traceback", "an error in virt-usher"):
+        assert text not in result.stderr, f"{case}: {result.struck}: {result.stderr}"
+    if result.status:
+        assert not differences(before, host.snapshot()), f"{case}: {result.struck}"
+    assert call(host, "guest", "release", row.xml()).status == 0
+    changed = differences(before, host.snapshot())
+    assert not changed, f"{case}: {changed}"
+    shutil.rmtree(host.root)
+    return hit
+
+
+@pytest.mark.parametrize("name", ["cpu_isolation", "governor", "hugepages", "pci", "combined"])
+def test_a_file_that_vanishes_is_no_catastrophe(room: Path, name: str, tried: Tally) -> None:
+    row, cases = ROWS[name], []
+    for code in ("ENOENT", "ENODEV"):
+        cases += [(code, n) for n in sample(60, MOST * 2, f"{name} {code}")]
+    tried("vanish", all_of(partial(vanished, row, room), cases))
+
+
+def troubled(row: Row, root: Path, case: tuple[str, str, int]) -> bool:
+    """Give the hook trouble with the nth program it starts; tell whether it started so many."""
+    operation, how, nth = case
+    host = row.host(root / "-".join(map(str, case)).replace(" ", "-"))
+    config = host.get("/etc/virt-usher/config.toml")
+    host.config(config := config + "\n")
+    before, start = host.snapshot(), 5 if operation == "prepare" else 60
+    host.config(f"[deadlines]\nstart = {start}\nstop = 2\n{config}")
+    if operation == "release":
+        assert call(host, "guest", "prepare", row.xml()).status == 0
+    host.trouble(nth, how)
+    before |= {p: t for p, t in host.snapshot().items() if p.startswith((SCRIPTS, "/sbin"))}
+    result = call(host, "guest", operation, row.xml())
+    hit = host.children() >= nth
+    assert "Traceback" not in result.stderr
+    assert result.status in ((0, 3) if operation == "prepare" else (0,)), result.stderr
+    host.settle()
+    host.config(config)
+    for again in (["prepare"] if operation == "release" else []) + ["release"]:
+        result = call(host, "guest", again, row.xml())
+        assert result.status == 0, f"{case}: {result.stderr}"
+    changed = differences(before, settled(host, before))
+    assert not changed, f"{case}: {changed}"
+    shutil.rmtree(host.root)
+    return hit
+
+
+@pytest.mark.parametrize("name", ["cpu_isolation", "scripts", "services", "combined"])
+def test_a_program_that_fails_hangs_or_kills_its_hook(room: Path, name: str, tried: Tally) -> None:
+    cases = [
+        (operation, how, nth)
+        for operation, count in (("prepare", 12), ("release", 10))
+        for how in ("fails", "hangs", "kills first", "kills last")
+        for nth in sample(1 if name == "scripts" else count, MOST, f"{name} {operation} {how}")
+    ]
+    tried("child", all_of(partial(troubled, ROWS[name], room), cases))
