@@ -6,13 +6,12 @@ Which mask shall become what is decided in `isolate`. All values are sets of CPU
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 
-from virt_usher import children, cpulist
+from virt_usher import cpulist, systemctl
 from virt_usher.errors import UsherError
-from virt_usher.host import RUN_DIR, cgroup, irq, irqbalance
+from virt_usher.host import cgroup, irq, irqbalance
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     Cpus = frozenset[int]
     Originals = dict[str, list[Any]]
 
-SYSTEMCTL = "/usr/bin/systemctl"
 ARRIVAL = 15.0  # seconds from systemd's answer to the kernel's: it has more to do when many units start
 
 
@@ -162,7 +160,7 @@ class Units(Masks):
 
     @classmethod
     def settle(cls, host: LiveHost, deadline: float) -> None:
-        os.close(_guard(host, deadline))
+        systemctl.settle(host, deadline)
 
     @classmethod
     def originals(cls, host: LiveHost, now: dict[str, Cpus], deadline: float) -> Originals:
@@ -231,30 +229,8 @@ def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
         pause = min(pause * 2, 0.2)
 
 
-def _guard(host: LiveHost, deadline: float) -> int:
-    """Return a descriptor with a lock that a systemctl inherits: it is free again when that has ended.
-
-    A hook that was killed may have left one running, whose word would come last.
-    """
-    guard = os.open(host.path(RUN_DIR), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    while True:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return guard
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(guard)
-                raise UsherError("a systemctl that an earlier hook started still runs") from None
-            time.sleep(0.01)
-
-
 def _systemctl(host: LiveHost, arguments: list[str], deadline: float) -> str:
-    guard = _guard(host, deadline)
-    try:
-        os.set_inheritable(guard, True)
-        status, output = children.run(host, [SYSTEMCTL, *arguments], deadline)
-    finally:
-        os.close(guard)
+    status, output = systemctl.run(host, arguments, deadline)
     if status:
         raise UsherError(f"systemctl {' '.join(arguments)}: {output or f'exit status {status}'}")
     return output

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from virt_usher import children
+from virt_usher import children, systemctl
 from virt_usher.effects import KINDS, Kind
 from virt_usher.errors import UsherError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from virt_usher.host import Host, LiveHost
     from virt_usher.journal import Step
 
-SYSTEMCTL = "/usr/bin/systemctl"
 ACTIVE, INACTIVE, FAILED = "active", "inactive", "failed"
 _SETTLES = {"activating": ACTIVE, "reloading": ACTIVE, "refreshing": ACTIVE, "deactivating": INACTIVE}
 BACK = 5.0  # seconds that a release waits for a unit
@@ -37,6 +36,7 @@ class Unit(Kind):
                 )
         if others:
             return {"old": others[0].data["old"]}
+        systemctl.settle(host, time.monotonic() + BACK)
         now = state(host, fields["unit"])
         return {"old": INACTIVE if now == FAILED and fields["want"] == ACTIVE else _SETTLES.get(now, now)}
 
@@ -54,6 +54,7 @@ class Unit(Kind):
             return ""
         if stopping(host):
             return f"{unit} is left as it is: the system is stopping"
+        systemctl.settle(host, time.monotonic() + BACK)
         now = state(host, unit)
         if now == old:
             return ""
@@ -108,9 +109,12 @@ def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> None:
 
 def _systemctl(host: Host, arguments: list[str], deadline: float) -> str:
     try:
-        status, output = children.run(host, [SYSTEMCTL, *arguments], deadline)
+        if arguments[0] in ("show", "is-system-running"):
+            status, output = children.run(host, [systemctl.PROGRAM, *arguments], deadline)
+        else:
+            status, output = systemctl.run(host, arguments, deadline)
     except OSError as error:
-        raise UsherError(f"{SYSTEMCTL} cannot be run: {error.strerror}") from None
+        raise UsherError(f"{systemctl.PROGRAM} cannot be run: {error.strerror}") from None
     # is-system-running exits non-zero for all but 'running', reset-failed where nothing had failed
     if status and arguments[0] not in ("is-system-running", "reset-failed"):
         raise UsherError(f"systemctl {' '.join(arguments)}: {output or f'exit status {status}'}")

@@ -26,7 +26,7 @@ ATTACKS = {
         "A write, or the start of a program, fails with each errno in turn, once or from there on",
         "a start is refused with that reason; what a stop cannot undo is kept, and given back later",
     ),
-    "vanish": ("At a start a file vanishes between listing and reading", "refused with that reason, or not needed"),
+    "vanish": ("A file is gone when a start reads it", "refused with that reason, or not needed"),
     "child": (
         "A program fails, hangs, or kills the hook that started it",
         "refused within the deadline; the host is as before",

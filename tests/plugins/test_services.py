@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.conftest import eventually
 
 from virt_usher.testing import FakeHost, domain_xml, run_hook
 
@@ -142,6 +143,19 @@ def test_a_start_while_the_system_stops_says_what_it_skipped(systemd: FakeHost) 
     assert run_hook(systemd, "guest", "prepare", enable(systemd, "guest", 'start = ["smb"]')).status == 0
     assert state(systemd, "smb") == "inactive"
     assert '"skipped":"the system is stopping"' in systemd.journal("guest")
+
+
+def test_a_systemctl_that_outlives_its_hook_does_not_have_the_last_word(systemd: FakeHost) -> None:
+    """It was slow to send the job, and the start was refused meanwhile."""
+    slow = 'case $2 in start) touch "$0.slow"; while [ -e "$0.slow" ]; do sleep 0.05; done ;; esac'
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL.replace("case $1 in", f"{slow}\ncase $1 in", 1), 0o755)
+    systemd.config("[deadlines]\nstart = 2\n")
+    xml = enable(systemd, "guest", 'start = ["smb"]')
+    assert run_hook(systemd, "guest", "prepare", xml).status == 3
+    Path(systemd.path("/usr/bin/systemctl.slow")).unlink()
+    run_hook(systemd, "guest", "release")
+    eventually(lambda: not systemd.journal("guest"), "all is given back")
+    assert state(systemd, "smb") == "inactive"
 
 
 def test_a_host_without_systemd_refuses_with_one_line(host: FakeHost) -> None:
