@@ -11,12 +11,10 @@ from virt_usher import (
     BindDriver,
     Domain,
     Host,
-    KeepUnit,
     Plan,
     Problem,
     UnloadModule,
     UsherError,
-    Write,
     children,
     ending,
     hookimpl,
@@ -80,11 +78,11 @@ class Plugin:
             yield Problem(f"{name} is used by {', '.join(holders)}, not unloaded before it", hint)
         if others := unload.foreign(host, name, action.devices):
             hint = f"give the domain {others[0]} too, or leave {name} where it is"
-            yield Problem(f"{name} drives {', '.join(others)} too, which would lose its driver", hint)
-        above = [p for m in gone for _, p in unload.bound(host, m)]
-        frees = any(isinstance(a, KeepUnit | Write) for a in earlier) or any(
-            path.startswith(f"{parent}/") for _, path in unload.bound(host, name) for parent in above
-        )
+            yield Problem(f"{name} drives {', '.join(others)} too, which would have no driver", hint)
+        # A reference may be of what is stopped before, or of a device that goes with the one it is on.
+        above = [f"{p}/" for m in gone for _, p in unload.bound(host, m)]
+        goes = any(path.startswith(parent) for _, path in unload.bound(host, name) for parent in above)
+        frees = goes or ending.releases(earlier) or ending.stopped(earlier)
         if (count := unload.references(host, name)) > 0 and not frees:
             what = f"{name} is in use ({count} references besides those of other modules)"
             yield Problem(what, "end what uses it: virt-usher devices, lsmod")

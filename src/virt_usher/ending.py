@@ -36,15 +36,25 @@ def problems(
         yield problem(domain, host.pci.device(user.address), user.problem, what, hint)
 
 
+def stopped(actions: Collection[Action]) -> set[str]:
+    """Return the units that actions stop."""
+    return {a.unit for a in actions if isinstance(a, KeepUnit) and not a.active}
+
+
+def releases(actions: Collection[Action]) -> bool:
+    """Tell whether actions take the text console away."""
+    writes = (a for a in actions if isinstance(a, Write) and a.path.startswith(console.CONSOLES))
+    return any(w.value == "0" for w in writes)
+
+
 def _ends(host: Host, actions: Collection[Action], user: users.User) -> bool:
     if user.console:
-        writes = (a for a in actions if isinstance(a, Write) and a.path.startswith(console.CONSOLES))
-        return any(w.value == "0" for w in writes)
-    stopped = {a.unit for a in actions if isinstance(a, KeepUnit) and not a.active}
+        return releases(actions)
+    units = stopped(actions)
     manager = host.link(f"/etc/systemd/system/{_MANAGER}")  # an alias: gdm.service, sddm.service, …
-    if stopped & {manager, _MANAGER}:
-        stopped |= {manager, _MANAGER}
-    return bool(user.units) and all(names & stopped for names in user.units)
+    if units & {manager, _MANAGER}:
+        units |= {manager, _MANAGER}
+    return bool(user.units) and all(names & units for names in user.units)
 
 
 def _plugin(plan: Plan, action: Action) -> str:

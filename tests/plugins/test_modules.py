@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.plugins.test_pci import AUDIO_ID, GPU, GPU_ID, PORT, xml
+from tests.plugins.test_pci import AUDIO, AUDIO_ID, GPU, GPU_ID, PORT, xml
 from tests.plugins.test_services import SYSTEMCTL
 
 from virt_usher.testing import ask, check_nothing_stays, run_hook
@@ -161,7 +161,7 @@ def builtin(host: ModuleHost) -> None:
 @pytest.mark.parametrize(
     ("happens", "reason"),
     [
-        (foreign, f"nvidia drives {TWIN} too, which would lose its driver"),
+        (foreign, f"nvidia drives {TWIN} too, which would have no driver"),
         (kernel_uses_it, "nvidia_drm is in use (1 references besides those of other modules)"),
         (program, f"{GPU} ({GPU_ID}) is in use (/dev/dri/card0) by Xorg"),
         (not_on_disk, "the module nvidia_uvm could not be loaded again: it is not on the disk"),
@@ -198,6 +198,24 @@ def test_a_wrong_list(tmp_path: Path, unload: tuple[str, ...], reason: str, hint
     (problem,) = plan.problems
     assert reason in problem.message
     assert problem.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("stack", "good"),
+    [(("snd_hda_intel", "snd_hda_codec_generic"), True), (("snd_hda_codec_generic",), False)],
+)
+def test_a_module_in_use_by_a_device_that_goes_with_its_parent(
+    tmp_path: Path, stack: tuple[str, ...], good: bool
+) -> None:
+    """A codec hangs on the sound card; the driver of the codec is in use as long as that of the card is."""
+    host = make(tmp_path).device(AUDIO, AUDIO_ID, "snd_hda_intel", kind="040300", under=PORT)
+    host.module("snd_hda_codec_generic").file("/sys/module/snd_hda_codec_generic/refcnt", "1", 0o444)
+    codec = f"../../../../devices/pci0000:00/{PORT}/{AUDIO}/hdaudioC0D0"
+    host.link_to("/sys/module/snd_hda_codec_generic/drivers/hdaudio:generic/hdaudioC0D0", codec)
+    plan = ask(host, "modules", xml(AUDIO), {"unload": stack})
+    assert (not plan.problems) == good
+    foreign = ask(host, "modules", xml(GPU), {"unload": stack}).problems
+    assert any("snd_hda_codec_generic drives hdaudioC0D0 too" in p.message for p in foreign)
 
 
 # -- and right before it
