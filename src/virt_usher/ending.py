@@ -15,7 +15,6 @@ from virt_usher.host.pci import Device
 from virt_usher.prepare import Plan
 
 WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
-_MANAGER = "display-manager.service"
 
 
 def problems(
@@ -33,6 +32,9 @@ def problems(
             hint = f"in /etc/virt-usher/domains/, put the plugin that ends it before {_plugin(plan, action)}"
         elif user.console:
             hint = f"virt-usher enable {name(domain)} consoles"
+        elif user.units and all(services := [users.system_unit(names) for names in user.units]):
+            units = ",".join(sorted({*stopped(actions), *services}))
+            hint = f"virt-usher enable {name(domain)} services stop={units}"
         yield problem(domain, host.pci.device(user.address), user.problem, what, hint)
 
 
@@ -51,9 +53,9 @@ def _ends(host: Host, actions: Collection[Action], user: users.User) -> bool:
     if user.console:
         return releases(actions)
     units = stopped(actions)
-    manager = host.link(f"/etc/systemd/system/{_MANAGER}")  # an alias: gdm.service, sddm.service, …
-    if units & {manager, _MANAGER}:
-        units |= {manager, _MANAGER}
+    manager = host.link(f"/etc/systemd/system/{users.MANAGER}")
+    if units & {manager, users.MANAGER}:
+        units |= {manager, users.MANAGER}
     return bool(user.units) and all(names & units for names in user.units)
 
 

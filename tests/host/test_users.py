@@ -421,3 +421,5 @@ def test_a_graphical_session_ends_with_the_display_manager(
     host.file("/run/systemd/sessions/7", "UID=1001\nTYPE=wayland")
     (names,) = units(host, cgroup)
     assert ("display-manager.service" in names) == ends
+    hint = users.find(host, [A])[0].hint
+    assert hint.startswith("systemctl stop display-manager.service" if ends else "end it: kill ")

@@ -428,8 +428,16 @@ def test_a_process_that_does_not_end_with_its_unit(pc: PciHost) -> None:
             ", which the plan ends only after it takes the device",
             "in /etc/virt-usher/domains/, put the plugin that ends it before pci",
         ),
-        ('[plugins.services]\nstop = ["smb"]\n[plugins.pci]\n', "by gdm-x", "systemctl stop gdm.service"),
-        ('[plugins.services]\nstart = ["gdm"]\n[plugins.pci]\n', "by gdm-x", "systemctl stop gdm.service"),
+        (
+            '[plugins.services]\nstop = ["smb"]\n[plugins.pci]\n',
+            "by gdm-x",
+            "virt-usher enable guest services stop=gdm.service,smb.service; or: virt-usher waive",
+        ),
+        (
+            '[plugins.services]\nstart = ["gdm"]\n[plugins.pci]\n',
+            "by gdm-x",
+            "enable guest services stop=gdm.service",
+        ),
     ],
 )
 def test_a_process_that_the_plan_does_not_end_in_time(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # How bad it is. DATA and GUEST have no waiver: a mounted disk, and a domain that runs with the device.
 DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
 STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
+MANAGER = "display-manager.service"  # an alias: gdm.service, sddm.service, …
 _SHOWN = 3
 _SOUND = re.compile(r"/dev/snd/[a-z]+[CD](\d+)(?:D\d+[pc]?)?")
 _HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
@@ -381,9 +382,9 @@ class _Look:
         """One record for all processes of a device, with what would end the first of them."""
         names = [self._name(str(pid)) for pid in held]
         pid, node = next(iter(held.items()))
-        unit = self.host.get(f"/proc/{pid}/cgroup").rpartition("/")[2]
-        hint = f"systemctl stop {unit}" if unit.endswith(".service") else f"end it: kill {pid}"
         units = tuple(self._units(str(pid)) for pid in held)
+        services = {system_unit(names) for names in units}
+        hint = f"end it: kill {pid}" if "" in services else f"systemctl stop {' '.join(sorted(services))}"
         return User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)
 
     def _units(self, pid: str) -> frozenset[str]:
@@ -399,7 +400,7 @@ class _Look:
             about = dict(line.partition("=")[::2] for line in text.splitlines())
             theirs = {f"session-{session}.scope", f"user@{about.get('UID')}.service"}
             if about.get("TYPE") in ("x11", "wayland") and names & theirs:
-                names |= {"display-manager.service"}
+                names |= {MANAGER}
         return frozenset(names)
 
     def _name(self, pid: str) -> str:
@@ -407,6 +408,14 @@ class _Look:
         guest = next((w[6:].partition(",")[0] for w in words if w.startswith("guest=")), "")
         comm = self.host.get(f"/proc/{pid}/comm", "?")
         return f"{comm} (pid {pid}, domain {guest!r})" if guest else f"{comm} (pid {pid})"
+
+
+def system_unit(names: frozenset[str]) -> str:
+    """Return the one of a process's units that root can stop, or '': those of users are not root's."""
+    services = [n for n in names if n.endswith(".service")]
+    if MANAGER in names:
+        return MANAGER
+    return services[0] if len(services) == 1 and not services[0].startswith("user@") else ""
 
 
 def _some(names: list[str]) -> str:
