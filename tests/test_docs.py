@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import tomllib
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import virt_usher
-from virt_usher import hookspecs, options
+from virt_usher import Domain, hookspecs, options
+from virt_usher.cli import author
 from virt_usher.dispatch import DEADLINES
 from virt_usher.host import Host
 from virt_usher.plugins import load
-from virt_usher.testing import FakeHost, ask, domain_xml
+from virt_usher.testing import FakeHost, ask, domain_xml, run_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(p.stem for p in (ROOT / "plugins").glob("*.py"))
@@ -58,14 +60,55 @@ def test_every_deadline_is_in_the_manual() -> None:
         assert f"`deadlines.{name}`" in text("docs/admin.md")
 
 
+def example(start: str) -> str:
+    """Return the one block of Python in the guide whose first line begins so."""
+    blocks = re.findall(r"```python\n(.*?)```", text("docs/plugins.md"), re.DOTALL)
+    (found,) = [b for b in blocks if b.startswith(f'"""{start}')]
+    return str(found)
+
+
 def test_the_first_plugin_of_the_guide_works(host: FakeHost) -> None:
-    block = next(
-        b for b in re.findall(r"```python\n(.*?)```", text("docs/plugins.md"), re.DOTALL) if "Plugin" in b
-    )
-    host.plugin("swappiness", block).file("/proc/sys/vm/swappiness", "60\n")
+    host.plugin("swappiness", example("Keep the host from swapping")).file("/proc/sys/vm/swappiness", "60\n")
     plan = ask(host, "swappiness", domain_xml(), {"value": 5})
     assert not plan.problems
     assert [a.describe(host) for a in plan.actions] == ["swappiness: 60 → 5"]
+
+
+def test_the_guides_plugin_for_a_running_guest_works(host: FakeHost) -> None:
+    host.plugin("spare", example("Let the OOM killer")).domain("guest", "[plugins.spare]\n")
+    run_hook(host, "guest", "prepare")
+    pid = host.qemu_runs("guest", threads=("CPU 0/KVM",))
+    host.file(f"/proc/{pid}/oom_score_adj", "0")
+    assert run_hook(host, "guest", "started").status == 0
+    assert host.read(f"/proc/{pid}/oom_score_adj") == "-500"
+    assert f"the threads {pid + 1}" in host.journal("guest")
+    host.qemu_ends("guest")
+    run_hook(host, "guest", "release")
+    assert not host.journal("guest")
+
+
+def test_the_guides_plugin_passes_the_guides_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latency.py").write_text(example("Keep the CPUs that"))
+    (tmp_path / "test_latency.py").write_text(example("Only the pinned CPUs"))
+    assert author.test(tmp_path / "latency.py") == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (told.count(": ok"), "kills and errors" in told) == (3, True)
+
+
+def test_no_python_of_the_documentation_is_left_untried() -> None:
+    blocks = {
+        f: len(re.findall("```python", text(f))) for f in ("README.md", "docs/plugins.md", "docs/admin.md")
+    }
+    assert blocks == {"README.md": 0, "docs/plugins.md": 4, "docs/admin.md": 0}
+
+
+@pytest.mark.parametrize(("table", "kind"), [("of the domain", Domain), ("of the host", Host)])
+def test_what_the_guide_says_can_be_read_is_there(table: str, kind: type) -> None:
+    rows = text("docs/plugins.md").split(f"| {table} | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    names = [n for row in rows for n in re.findall(r"`(\w+)(?:\(|`)", row.split("|")[1])]
+    assert len(names) >= len(rows)
+    fields = {f.name for f in dataclasses.fields(Domain)}
+    assert not [n for n in names if n not in fields and not hasattr(kind, n)]
 
 
 @pytest.mark.parametrize("file", ["docs/admin.md", "docs/plugins.md", "README.md", "docs/troubleshooting.md"])

@@ -27,6 +27,20 @@ def test_a_new_plugin_and_its_test_pass_at_once_and_are_short(cli: Cli, folder: 
     assert "nothing stays, wherever it is killed or fails: ok" in ran.out
 
 
+def test_the_attack_is_on_the_domain_and_with_the_options_of_the_test_file(cli: Cli, folder: Path) -> None:
+    cli("plugins", "new", "calm")
+    plugin, test = folder / "calm.py", folder / "test_calm.py"
+    only_big = plugin.read_text().replace(
+        "        yield", "        if domain.vcpus > 1 and self.value == 7:\n            yield"
+    )
+    plugin.write_text(only_big)
+    test.write_text(test.read_text().partition("def test_")[0])
+    assert "not tried, it has nothing to do" in cli("plugins", "test", "calm.py").out
+    given = 'DOMAIN = domain_xml("big", body="<vcpu>2</vcpu>")\nOPTIONS = {"value": 7}\n'
+    test.write_text(test.read_text() + given)
+    assert "ok (85 kills and errors)" in cli("plugins", "test", "calm.py").out
+
+
 def test_a_failing_test_is_named_with_its_place(cli: Cli, folder: Path) -> None:
     cli("plugins", "new", "calm")
     test = folder / "test_calm.py"

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import click
+import tomlkit
 
 from virt_usher.cli import base
+from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
 from virt_usher.plugins import NAME
 from virt_usher.testing import FakeHost, ask, check_nothing_stays, domain_xml
@@ -52,6 +54,9 @@ def test_it_sets_swappiness(host: FakeHost) -> None:
 '''
 
 
+_GIVE = "The test file can give it what it wants: DOMAIN = domain_xml(…), OPTIONS = {…}, furnish(host)"
+
+
 def new(name: str) -> int:
     """Write a plugin and its test into the current directory; neither may exist."""
     if not NAME.fullmatch(name):
@@ -85,7 +90,7 @@ def test(path: Path) -> int:
         for name, function in inspect.getmembers(tests, inspect.isfunction)
         if name.startswith("test_")
     }
-    checks["nothing stays, wherever it is killed or fails"] = lambda host: _attack(path, furnish)
+    checks["nothing stays, wherever it is killed or fails"] = lambda host: _attack(path, tests)
     failed = 0
     for name, check in checks.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -111,18 +116,26 @@ def _verdict(check: Callable[[], object]) -> str:
     return str(told or "ok")
 
 
-def _attack(path: Path, furnish: Callable[[FakeHost], None] | None) -> str:
+def _attack(path: Path, tests: ModuleType | None) -> str:
+    """Attack a start and a stop of the test file's DOMAIN with its OPTIONS, or of a plain domain without."""
+    furnish = getattr(tests, "furnish", None)
+    options: dict[str, object] = getattr(tests, "OPTIONS", {})
+    xml: bytes = getattr(tests, "DOMAIN", domain_xml())
+    toml = tomlkit.dumps({"plugins": {path.stem: options}})
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(1 << 30))
 
         def make_host() -> FakeHost:
             host = _host(Path(folder) / str(next(numbers)), path, furnish)
-            return host.domain("guest", f"[plugins.{path.stem}]\n")
+            return host.domain(name, toml)
 
-        plan = ask(make_host(), path.stem, domain_xml("guest"))
+        name = Domain.from_xml(xml).name
+        plan = ask(make_host(), path.stem, xml, options)
         if plan.problems:
-            raise AssertionError(f"it refuses the fake host: {plan.problems[0].message}")
-        cases = check_nothing_stays(make_host, "guest", domain_xml("guest"))
+            raise UsherError(f"it refuses the fake host: {plan.problems[0].message}. {_GIVE}")
+        if not plan.actions:
+            return f"not tried, it has nothing to do in usher_prepare. {_GIVE}"
+        cases = check_nothing_stays(make_host, name, xml)
     return f"ok ({sum(cases.values())} kills and errors)"
 
 
