@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_attack_is_on_the_domain_and_with_the_options_of_the_test_file(cli: 
     assert "not tried, it has nothing to do" in cli("plugins", "test", "calm.py").out
     given = 'DOMAIN = domain_xml("big", body="<vcpu>2</vcpu>")\nOPTIONS = {"value": 7}\n'
     test.write_text(test.read_text() + given)
-    assert "ok (85 kills and errors)" in cli("plugins", "test", "calm.py").out
+    assert re.search(r"ok \(\d\d+ kills and errors\)", cli("plugins", "test", "calm.py").out)
 
 
 def test_a_failing_test_is_named_with_its_place(cli: Cli, folder: Path) -> None:
