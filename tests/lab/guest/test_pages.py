@@ -40,6 +40,19 @@ def test_pages_come_from_the_node_of_numatune(domain: Domain, node: int) -> None
     assert (kernel.pages(0), kernel.pages(1)) == (0, 0)
 
 
+def test_a_saved_domain_is_restored_with_pages_again(domain: Domain) -> None:
+    domain.hugepages, domain.nodeset = ANY, "1"
+    enable(domain, "hugepages").start()
+    virsh("managedsave", domain.name)
+    given_back(domain)
+    assert kernel.pages(1) == 0
+    virsh("start", domain.name)
+    assert kernel.pages(1) == 32
+    domain.stop()
+    given_back(domain)
+    assert kernel.pages(1) == 0
+
+
 def test_pages_of_the_admin_stay(domain: Domain) -> None:
     (kernel.pool(1) / "nr_hugepages").write_text("5")
     domain.hugepages, domain.nodeset = ANY, "1"

@@ -16,6 +16,7 @@ from tests.lab.guest import kernel, usher
 from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
 
 pytestmark = pytest.mark.product
+VTCONSOLES = Path("/sys/class/vtconsole")
 KNOBS = ("driver_override", "power/control", "d3cold_allowed")
 # Alone in their group, or with all of it; each has a reset, so reset_check lets them pass.
 PASSED = [("nic",), ("nvme",), ("usb",), ("twin", "twin_second"), ("switched",)]
@@ -133,6 +134,18 @@ def test_a_program_that_holds_a_graphics_card(domain: Domain) -> None:
     with open(f"/dev/dri/{node}", "rb"):
         assert f"is in use (/dev/dri/{node}) by python3 (pid {os.getpid()})" in refused(domain)
     Path("/etc/virt-usher/every-domain.toml").unlink()
+
+
+def test_the_card_with_the_text_console_is_refused(domain: Domain) -> None:
+    consoles = {(c / "name").read_text(): (c / "bind").read_text() for c in VTCONSOLES.iterdir()}
+    assert [n for n, bound in consoles.items() if "frame buffer" in n and bound == "1\n"], consoles
+    role = next(d.role for d in machine.DEVICES if (kernel.DEVICES / d.address / "graphics/fb0").exists())
+    domain.devices = (role,)
+    usher.enable(domain, "pci")
+    run("virt-usher", "waive", domain.name, address(role), "reset", "a test")
+    said = refused(domain)
+    assert f"{address(role)} (" in said
+    assert "the text console (fb0)" in said
 
 
 @pytest.mark.smoke
