@@ -137,7 +137,7 @@ def _source(address: str) -> str:
     return f"<source><address {where}/></source>"
 
 
-def _given(address: str) -> str:
+def given(address: str) -> str:
     return (
         f"<devices><hostdev mode='subsystem' type='pci' managed='yes'>{_source(address)}</hostdev></devices>"
     )
@@ -151,20 +151,20 @@ SET = f'[plugins.sysfs]\nset = ["{KNOBS[0]} = 120", "{KNOBS[1]} = never"]\n'
 UNITS = '[plugins.services]\nstart = ["smb"]\nstop = ["greeter"]\n'
 
 PLUGINS = {
-    "consoles": Row("[plugins.consoles]\n", _given(GPU)),
-    "modules": Row('[plugins.consoles]\n[plugins.modules]\nunload = ["nvidia_drm", "nvidia"]\n', _given(GPU)),
+    "consoles": Row("[plugins.consoles]\n", given(GPU)),
+    "modules": Row('[plugins.consoles]\n[plugins.modules]\nunload = ["nvidia_drm", "nvidia"]\n', given(GPU)),
     "cpu_isolation": Row("[plugins.cpu_isolation]\n", PINS),
     "governor": Row("[plugins.governor]\n"),
     "hugepages": Row("[plugins.hugepages]\n", hugepages=True, memory_kib=600 * 2048),  # more than a node has
-    "pci": Row("[plugins.pci]\nkeep_awake = true\n", _given(NIC)),
-    "reset_check": Row("[plugins.reset_check]\n", _given(NIC)),
+    "pci": Row("[plugins.pci]\nkeep_awake = true\n", given(NIC)),
+    "reset_check": Row("[plugins.reset_check]\n", given(NIC)),
     "scripts": Row("[plugins.scripts]\n"),
     "services": Row(UNITS),
     "sysfs": Row(SET),
 }
 COMBINED = Row(
     "".join(row.toml for name, row in PLUGINS.items() if name != "consoles"),
-    _given(NIC) + _given(GPU) + PINS,
+    given(NIC) + given(GPU) + PINS,
     hugepages=True,
     memory_kib=600 * 2048,
 )

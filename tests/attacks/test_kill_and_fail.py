@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import zlib
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.attacks.calls import gone_daemon, recover
 from tests.attacks.conftest import Tally
 from tests.attacks.table import PLUGINS, ROWS, SCRIPTS, Row
 from tests.conftest import ROOT
 
-from virt_usher.cli import main
-from virt_usher.testing import FakeHost, Result
 from virt_usher.testing.conformance import ATTACKS, ERRNOS, LIFE, Attack, attacked, call, differences, settled
 
 pytestmark = pytest.mark.timeout(1800)  # many cases in one test, on CPUs that others use too
@@ -49,38 +47,6 @@ MORE = tuple(
 
 def test_every_shipped_plugin_has_a_row() -> None:
     assert set(PLUGINS) == {p.stem for p in (ROOT / "plugins").glob("*.py")}
-
-
-def gone_daemon(host: FakeHost, *arguments: Any) -> Result:
-    """Call the hook as a child of a gate of a daemon that ends: so recover finds its domain stale."""
-    out, into = os.pipe()
-    daemon = os.fork()
-    if daemon == 0:
-        if os.fork() == 0:
-            os.write(into, pickle.dumps(call(host, *arguments)))
-            os._exit(0)
-        os.wait()
-        os._exit(0)
-    os.close(into)
-    with open(out, "rb") as stream:
-        result: Result = pickle.load(stream)  # noqa: S301  # our own child's
-    os.waitpid(daemon, 0)
-    return result
-
-
-def recover(host: FakeHost) -> None:
-    """Run `virt-usher recover` as at boot; it must leave nothing."""
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        try:
-            main(("recover", "--boot"), host)
-        except SystemExit as ended:
-            os._exit(int(ended.code or 0))
-        finally:
-            os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, host.journal("guest")
 
 
 def points(row: Row, root: Path) -> dict[str, list[str]]:

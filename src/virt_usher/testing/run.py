@@ -66,6 +66,10 @@ class Hook:
                     open_ones.remove(fd)
                     poll.unregister(fd)
         _, status = os.waitpid(self.pid, 0)
+        # The worker dies after its parent, and would still have its locks.
+        dying = int(self.host.happened("dying") or 0)
+        while dying and self.host.started_at(dying) is not None:
+            time.sleep(0.001)
         stdout, stderr = (text.decode("utf-8", "replace") for text in self._pipes.values())
         for fd in self._pipes:
             os.close(fd)

@@ -145,6 +145,8 @@ class Tree(LiveHost):
         Path(self._kernel, "killed").write_text(path)
         if self._kill_how == "raise":
             raise Killed(path)
+        if self._kill_how == "family":
+            Path(self._kernel, "dying").write_text(str(os.getpid()))
         if self._kill_how in ("family", "parent"):
             os.kill(os.getppid(), signal.SIGKILL)
         if self._kill_how != "parent":
