@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import sys
 import pytest
 from tests.conftest import ROOT, eventually
 
-from virt_usher.testing import FakeHost, domain_xml, run_hook, start_hook
+from virt_usher.testing import FakeHost, ask, domain_xml, run_hook, start_hook
 from virt_usher.testing.conformance import differences, left
 
 GOVERNOR = "/sys/devices/system/cpu/cpufreq/policy0/scaling_governor"
@@ -110,6 +111,10 @@ BAD_PLUGINS = {
     "returns nonsense": ("return ['performance']", "returned 'performance', which is no action"),
     "returns no list": ("return 7", "'int' object is not iterable"),
     "recurses": ("def f(): f()\nf()", "RecursionError"),
+    "calls libvirt": (
+        "import libvirt\nlibvirt.open()",
+        "the plugin imports libvirt: libvirt waits for this hook",
+    ),
     "refuses": ("raise UsherError('not today', 'come back tomorrow')", "come back tomorrow"),
 }
 
@@ -128,6 +133,25 @@ def test_a_plugin_that_fails_refuses_the_start_and_is_named(pc: FakeHost, what: 
     assert reason in result.stderr
     run_hook(pc, "guest", "release")
     assert not differences(before, pc.snapshot())
+
+
+def test_a_plugin_that_imports_libvirt_is_not_loaded(pc: FakeHost) -> None:
+    pytest.importorskip("libvirt", reason="Python's libvirt module: apt-get install python3-libvirt")
+    pc.plugin("bad", plugin("return []").replace("import os,", "import libvirt, os,"))
+    (problem,) = ask(pc, "bad", domain_xml()).problems  # as for `plan`, which may import it itself
+    assert "imports libvirt: libvirt waits for this hook" in problem.message
+    pc.domain("guest", "[plugins.bad]\n")
+    assert "libvirt waits for this hook" in run_hook(pc, "guest", "prepare").stderr
+
+
+def test_a_plugin_that_waits_for_virsh_is_told_why(pc: FakeHost) -> None:
+    program = shutil.copy("/bin/sleep", pc.path("/virsh"))
+    body = f"subprocess.run(['/bin/sh', '-c', '{program} 8; :'])\nreturn []"
+    pc.plugin("asks", plugin(body)).domain("guest", "[plugins.asks]\n").config("[deadlines]\nstart = 4\n")
+    result = run_hook(pc, "guest", "prepare")
+    assert result.status == 3
+    assert "plugin asks, usher_prepare: TimeoutError" in result.stderr
+    assert re.search(r"virsh \(pid \d+\) calls libvirt, which waits for this hook", result.stderr)
 
 
 def test_what_a_plugin_prints_never_reaches_libvirt(pc: FakeHost) -> None:

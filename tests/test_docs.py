@@ -111,6 +111,18 @@ def test_what_the_guide_says_can_be_read_is_there(table: str, kind: type) -> Non
     assert not [n for n in names if n not in fields and not hasattr(kind, n)]
 
 
+def test_every_guarantee_names_tests_that_there_are() -> None:
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    names, source = {p.name for p in tests}, "".join(p.read_text() for p in tests)
+    for line in text("SECURITY.md").partition("## What is guaranteed")[2].splitlines()[4:]:
+        if line.startswith("| "):
+            promise, _, named = line.strip("| ").rpartition(" | ")
+            files = set(re.findall(r"(test_\w+\.py)", named))
+            assert files <= names, promise
+            for name in re.findall(r"\b(test_\w+)(?!\w*\.py)`", named):
+                assert f"def {name}(" in source, f"{promise}: {name}"
+
+
 @pytest.mark.parametrize("file", ["docs/admin.md", "docs/plugins.md", "README.md", "docs/troubleshooting.md"])
 def test_toml_in_the_documentation_parses(file: str) -> None:
     for block in re.findall(r"```toml\n(.*?)```", text(file), re.DOTALL):

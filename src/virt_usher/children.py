@@ -48,7 +48,8 @@ def run(host: Host, argv: list[str], deadline: float, stdin: bytes = b"") -> tup
             poller = select.poll()
             poller.register(waiter, select.POLLIN)
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise UsherError(f"{printable(argv[0])} still runs as pid {pid}", "it is left to its work")
+                hint = libvirt_client(host, pid) or "it is left to its work"
+                raise UsherError(f"{printable(argv[0])} still runs as pid {pid}", hint)
         finally:
             os.close(waiter)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -57,3 +58,15 @@ def run(host: Host, argv: list[str], deadline: float, stdin: bytes = b"") -> tup
     finally:
         os.close(given)
         os.close(output)
+
+
+def libvirt_client(host: Host, pid: int) -> str:
+    """Say which program of libvirt's a process is or has below it, '' if there is none.
+
+    By its name alone: to read more of a process may take a lock that a stuck one holds.
+    """
+    comm = host.get(f"/proc/{pid}/comm")
+    if comm == "virsh" or comm.startswith("virt-"):
+        return f"{printable(comm)} (pid {pid}) calls libvirt, which waits for this hook"
+    below = host.get(f"/proc/{pid}/task/{pid}/children").split()
+    return next((told for child in below if (told := libvirt_client(host, int(child)))), "")

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pluggy
@@ -23,6 +24,8 @@ from virt_usher.host import CONFIG_DIR, Host
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 HOME = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+_WAITS = "libvirt waits for this hook, and a call would wait for libvirt"
+_INSTEAD = "`domain` has what libvirt says of the domain, `host` the rest"
 Trace = Callable[[str], None]
 _T = TypeVar("_T")
 ADMIN_DIR = f"{CONFIG_DIR}/plugins"
@@ -83,6 +86,8 @@ def load(host: Host, name: str, home: str = "") -> type[Any]:
     sys.modules[module_name] = module  # dataclasses look their module up there
     with guard(f"{path} cannot be loaded"):
         spec.loader.exec_module(module)
+    if any(isinstance(v, ModuleType) and v.__name__ == "libvirt" for v in vars(module).values()):
+        raise UsherError(f"{path} imports libvirt: {_WAITS}", _INSTEAD)
     plugin = getattr(module, "Plugin", None)
     if not (isinstance(plugin, type) and dataclasses.is_dataclass(plugin)):
         raise UsherError(f"{path} has no dataclass called Plugin", "docs/plugins.md shows one")
@@ -112,6 +117,19 @@ def _load_packaged(host: Host, name: str, home: str) -> type[Any]:
     if not (isinstance(plugin, type) and dataclasses.is_dataclass(plugin)):
         raise UsherError(f"plugin {name}: {module_name} has no dataclass called {class_name}", hint)
     return plugin
+
+
+def forbid_libvirt() -> None:
+    """Refuse any import of libvirt's module from now on in this process, which is a hook's."""
+    sys.modules.pop("libvirt", None)
+    sys.meta_path.insert(0, _NoLibvirt)
+
+
+class _NoLibvirt:
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name in ("libvirt", "libvirtmod"):
+            raise UsherError(f"the plugin imports libvirt: {_WAITS}", _INSTEAD)
 
 
 class guard:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from virt_usher import config, log
+from virt_usher import children, config, log
 from virt_usher.actions import Action, Note, Problem
 from virt_usher.dispatch import Line, close, refusal
 from virt_usher.domain import Domain
@@ -20,7 +21,7 @@ from virt_usher.errors import UsherError
 from virt_usher.event import PLAN, PLAN_STARTED
 from virt_usher.guest import Guest
 from virt_usher.host import Host
-from virt_usher.plugins import Plugins
+from virt_usher.plugins import Plugins, forbid_libvirt
 
 if TYPE_CHECKING:
     from virt_usher.journal import Journal, Journals
@@ -120,6 +121,7 @@ def _waiver(problem: Problem, settings: config.Settings) -> config.Waiver | None
 def run(line: Line, journals: Journals, xml: bytes) -> None:
     """Answer prepare, start or started for a domain; UsherError refuses it."""
     event, host = line.event, journals.host
+    forbid_libvirt()
     domain = replace(Domain.from_xml(xml), name=event.name)
     settings = config.settings(host, domain)
     line.set_deadline(settings.start)
@@ -161,7 +163,9 @@ def _alarm(line: Line) -> Iterator[None]:
     """Raise TimeoutError in a plugin that does not come back; nothing is touched yet, so it is safe."""
 
     def ring(signum: int, frame: object) -> None:
-        raise TimeoutError(f"no answer after {time.monotonic() - line.began:.0f} seconds")
+        why = children.libvirt_client(line.host, os.getpid())
+        seconds = f"no answer after {time.monotonic() - line.began:.0f} seconds"
+        raise TimeoutError(f"{seconds}: {why}" if why else seconds)
 
     signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(0.1, line.soft_deadline - time.monotonic()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_a_script_that_hangs_is_answered_for_at_the_deadline(scripted: FakeHost)
     pid = seen(scripted)[0]
     assert f"still runs as pid {pid}" in result.stderr
     os.kill(int(pid), 9)  # it was left to its work
+
+
+def test_a_script_that_waits_for_virsh_is_told_why(scripted: FakeHost) -> None:
+    scripted.config("[deadlines]\nstart = 2\n")
+    program = shutil.copy("/bin/sleep", scripted.path("/virsh"))
+    add(scripted, "prepare/begin/10", f"#!/bin/sh\n{program} 5\n")
+    assert "calls libvirt, which waits for this hook" in run_hook(scripted, "guest", "prepare").stderr
 
 
 @pytest.mark.parametrize("name", ["a$(touch pwned)", "-rf", "two words", "ü'\""])
