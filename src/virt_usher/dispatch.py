@@ -162,7 +162,9 @@ def _abandon(event: Event, host: LiveHost, pid: int) -> str:
         journal.append({"abandoned": [pid, host.started_at(pid)], "at": time.time()})
     where = host.waits_in(pid)
     doing = f"pid {pid} " + (f"waits in the kernel in {where}" if where else "runs")
-    step = next((s for s in reversed(journal.live()) if not s.state), None)
+    # A stop that is late mostly waits for the lock of the start before it, whose step this would be.
+    steps = [] if event.task == GIVE_BACK else journal.live()
+    step = next((s for s in reversed(steps) if not s.state), None)
     doing += f", at: {step.data.get('plugin')}: {step.data.get('what')}" if step else ""
     text = f"{event.operation}: not ready in time: {doing}: left alone"
     log.say(log.ERROR, event.name, journal.start_id, text)
