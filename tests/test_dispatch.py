@@ -109,7 +109,7 @@ BAD_PLUGINS = {
     "exits at once": ("os._exit(0)", "its own process ended with status 0"),
     "is killed": ("os.kill(os.getpid(), 9)", "its own process was killed by signal 9"),
     "returns nonsense": ("return ['performance']", "returned 'performance', which is no action"),
-    "returns no list": ("return 7", "'int' object is not iterable"),
+    "returns no list": ("return 7", "returned 7, and not a list of such"),
     "recurses": ("def f(): f()\nf()", "RecursionError"),
     "calls libvirt": (
         "import libvirt\nlibvirt.open()",

@@ -47,12 +47,20 @@ class Plugin:
 """
 
 
+def own(line: str) -> str:
+    """Write a plugin whose one member is as given."""
+    head = "from dataclasses import dataclass\nfrom virt_usher import Write, hookimpl\n\n"
+    return f"{head}@dataclass(frozen=True)\nclass Plugin:\n    {line}\n"
+
+
 def broken(line: str) -> str:
     """Write a plugin whose one hook is as given."""
-    return (
-        "from dataclasses import dataclass\nfrom virt_usher import hookimpl\n\n@dataclass(frozen=True)\n"
-        f"class Plugin:\n    @hookimpl\n    {line}\n        return []\n"
-    )
+    return own(f"@hookimpl\n    {line}\n        return []")
+
+
+def prepares(answer: str) -> str:
+    """Write a plugin that answers so."""
+    return own(f"@hookimpl\n    def usher_prepare(self):\n        return {answer}")
 
 
 @pytest.mark.parametrize("order", ["abc", "cba", "bca"])
@@ -109,8 +117,18 @@ def test_the_actions_of_several_plugins_are_undone_in_reverse(pc: FakeHost) -> N
 
 
 BAD = {
-    "an unknown hook": (broken("def usher_prepair(self):"), "unknown hook 'usher_prepair'"),
+    "an unknown hook": (
+        broken("def usher_prepair(self):"),
+        "unknown hook 'usher_prepair' (did you mean 'usher_prepare'?)",
+    ),
     "a wrong argument": (broken("def usher_prepare(self, guest):"), "guest"),
+    "a hook that is not marked": (own("def usher_prepare(self): ..."), "usher_prepare is not marked"),
+    "an option of no type": (own("x: 'itn' = 1"), "name 'itn' is not defined"),
+    "an option of a strange type": (own("x: dict = None"), "option x has the type <class 'dict'>"),
+    "a default of another type": (own("x: int = 'one'"), "the default of x: 'one' is not a whole number"),
+    "an action for a list": (prepares("Write('/sys/x', '1')"), "and not a list of such"),
+    "a number for a text": (prepares("[Write('/sys/x', 1)]"), "the value 1 is not a text"),
+    "half a path": (prepares("[Write('sys/x', '1')]"), "'sys/x' is not a whole path"),
     "no class": ("x = 1\n", "has no dataclass called Plugin"),
     "no dataclass": ("class Plugin: pass\n", "has no dataclass called Plugin"),
     "bad syntax": ("def f(:\n", "SyntaxError"),

@@ -69,6 +69,9 @@ class Write(Action):
 
     kind: ClassVar[str] = "knob"
 
+    def __post_init__(self) -> None:
+        _check_text(self.path, self.value)
+
     @property
     def key(self) -> str:
         return self.path
@@ -92,6 +95,9 @@ class OneWay(Action):
     reason: str
 
     kind: ClassVar[str] = "oneway"
+
+    def __post_init__(self) -> None:
+        _check_text(self.path, self.value)
 
     @property
     def key(self) -> str:
@@ -322,6 +328,14 @@ class Problem:
     message: str
     hint: str = ""
     about: tuple[str, str, str] | None = None
+
+
+def _check_text(path: object, value: object) -> None:
+    """Stop what would come to light only in the middle of a start."""
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise UsherError(f"{path!r} is not a whole path", "begin with /sys or /proc")
+    if not isinstance(value, str):
+        raise UsherError(f"{path}: the value {value!r} is not a text", f"write {str(value)!r}")
 
 
 def size(kib: int) -> str:

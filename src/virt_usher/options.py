@@ -109,6 +109,19 @@ def options_of(plugin: type[Any]) -> dict[str, OptionInfo]:
     return found
 
 
+def misfits(plugin: type[Any]) -> list[str]:
+    """Say which options a plugin itself declares wrong: a type nobody can set, a default of another."""
+    found = []
+    for option in options_of(plugin).values():
+        if (typing.get_origin(option.type) or option.type) not in _NAMES:
+            found.append(
+                f"option {option.name} has the type {option.type!r}; bool, int, float, str, list[str] can be"
+            )
+        elif option.default is not None and (text := option.problem(option.default)):
+            found.append(f"the default of {option.name}: {text}")
+    return found
+
+
 def problems(plugin: type[Any], values: Mapping[str, object]) -> dict[str, str]:
     """Return option -> what is wrong, for each value that the plugin cannot take."""
     known = options_of(plugin)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -175,7 +175,11 @@ class Plugins:
         self.problems.reverse()
 
     def _register(self, one: Enabled, plugin: type[Any]) -> None:
-        wrong = options.problems(plugin, one.options)
+        with guard(f"plugin {one.name}, its options"):
+            wrong = options.problems(plugin, one.options)
+            misfits = options.misfits(plugin)
+        if misfits:
+            raise UsherError(f"plugin {one.name}: {'; '.join(misfits)}", "mend the plugin")
         if wrong:
             lines = [f"{one.where(key)}: plugins.{one.name}.{key}: {text}" for key, text in wrong.items()]
             raise UsherError("; ".join(lines), f"virt-usher plugins {one.name} shows its options")
@@ -185,6 +189,12 @@ class Plugins:
                 f"<metadata> may not set {', '.join(refused)} of {one.name}",
                 f"set it in {CONFIG_DIR}/domains/ instead",
             )
+        if bare := [n for n in _methods(plugin) if not hasattr(getattr(plugin, n), "virt_usher_impl")]:
+            raise UsherError(f"plugin {one.name}: {bare[0]} is not marked", "put @hookimpl above it")
+        unknown = [n for n in _methods(plugin) if not hasattr(hookspecs, n)]
+        if unknown:
+            near = nearest(unknown[0], [n for n in dir(hookspecs) if n.startswith("usher_")])
+            raise UsherError(f"plugin {one.name}: unknown hook {unknown[0]!r}{near}", "mend the plugin")
         with guard(f"plugin {one.name}"):
             try:
                 self._manager.register(plugin(**one.options), one.name)
@@ -192,7 +202,8 @@ class Plugins:
             except pluggy.PluginValidationError as error:
                 self._manager.unregister(name=one.name)
                 raise UsherError(
-                    f"plugin {one.name} does not fit: {error}", "see src/virt_usher/hookspecs.py"
+                    f"plugin {one.name} does not fit: {error}",
+                    "docs/plugins.md has the hooks and their arguments",
                 ) from None
 
     def want(self, hook: str, operation: str, domain: Domain) -> bool:
@@ -240,6 +251,12 @@ class Plugins:
                 self._trace(f"{name}: {hook}({told}) = {answer!r} in {took:.1f} ms")
 
 
+def _methods(plugin: type[Any]) -> list[str]:
+    return [n for n in dir(plugin) if n.startswith("usher_")]
+
+
 def _listed(answer: Any) -> list[Any]:
     """Run through what a hook returned; a generator works, and fails, only now."""
+    if not isinstance(answer, Iterable | None):
+        raise UsherError(f"returned {answer!r}, and not a list of such", "yield it, or return it in a list")
     return list(answer or ())

@@ -42,6 +42,38 @@ def test_the_attack_is_on_the_domain_and_with_the_options_of_the_test_file(cli: 
     assert re.search(r"ok \(\d\d+ kills and errors\)", cli("plugins", "test", "calm.py").out)
 
 
+@pytest.mark.parametrize(
+    ("good", "bad", "verdict"),
+    [
+        (
+            "usher_prepare",
+            "usher_prepair",
+            "it does not fit: FAILED: plugin calm: unknown hook 'usher_prepair'",
+        ),
+        ("@hookimpl", "", "it does not fit: FAILED: plugin calm: usher_prepare is not marked; put @hookimpl"),
+        ("@dataclass(frozen=True, eq=False)", "", "/etc/virt-usher/plugins/calm.py has no dataclass"),
+        ("option(1,", "option('one',", "the default of value: 'one' is not a whole number"),
+        ("yield", "1 / 0\n        yield", "ZeroDivisionError: division by zero (calm.py:18)"),
+        ("/swappiness", "/swappines", "calm: /proc/sys/vm/swappines: No such file or directory"),
+        ("str(self.value)", "self.value", "the value 1 is not a text"),
+        (
+            "yield",
+            "open(host.path('/proc/sys/vm/swappiness'), 'w').close()\n        yield",
+            "it changes the host by itself: /proc/sys/vm/swappiness",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_plugin_is_said_in_its_own_words(
+    cli: Cli, folder: Path, good: str, bad: str, verdict: str
+) -> None:
+    cli("plugins", "new", "calm")
+    plugin = folder / "calm.py"
+    plugin.write_text(plugin.read_text().replace(good, bad))
+    ran = cli("plugins", "test", "calm.py")
+    assert (ran.status, verdict in ran.out) == (1, True), ran.out
+    assert "/tmp/" not in ran.out
+
+
 def test_a_failing_test_is_named_with_its_place(cli: Cli, folder: Path) -> None:
     cli("plugins", "new", "calm")
     test = folder / "test_calm.py"

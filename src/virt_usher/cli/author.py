@@ -14,10 +14,12 @@ import click
 import tomlkit
 
 from virt_usher.cli import base
+from virt_usher.config import Enabled
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
-from virt_usher.plugins import NAME
-from virt_usher.testing import FakeHost, ask, check_nothing_stays, domain_xml
+from virt_usher.plugins import NAME, Plugins
+from virt_usher.testing import FakeHost, ask, check_nothing_stays, domain_xml, run_hook
+from virt_usher.testing.conformance import differences
 
 PLUGIN = '''"""Set the host's swappiness while the domain runs."""
 
@@ -54,7 +56,7 @@ def test_it_sets_swappiness(host: FakeHost) -> None:
 '''
 
 
-_GIVE = "The test file can give it what it wants: DOMAIN = domain_xml(…), OPTIONS = {…}, furnish(host)"
+_GIVE = "the test file can give it what it wants: DOMAIN = domain_xml(…), OPTIONS = {…}, furnish(host)"
 
 
 def new(name: str) -> int:
@@ -91,6 +93,16 @@ def test(path: Path) -> int:
         if name.startswith("test_")
     }
     checks["nothing stays, wherever it is killed or fails"] = lambda host: _attack(path, tests)
+    with tempfile.TemporaryDirectory() as folder:
+        plugins = Plugins(_host(Path(folder), path, None), (Enabled(path.stem),))
+    if plugins.problems:  # and every test would fail for that
+        hint = plugins.problems[0].hint
+        base.say(
+            f"it does not fit: FAILED: {plugins.problems[0].message.replace(folder, '')}; {hint}",
+            0,
+            "problem",
+        )
+        return base.finish(True)
     failed = 0
     for name, check in checks.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -111,8 +123,11 @@ def _verdict(check: Callable[[], object]) -> str:
     try:
         told = check()
     except Exception as error:
+        if isinstance(error, UsherError):
+            return f"FAILED: {error.message}" + (f"; {error.hint}" if error.hint else "")
         trace = inspect.trace()[-1]
-        return f"FAILED: {type(error).__name__}: {error} ({os.path.basename(trace.filename)}:{trace.lineno})"
+        said = str(error) or "".join(trace.code_context or ()).strip()
+        return f"FAILED: {type(error).__name__}: {said} ({os.path.basename(trace.filename)}:{trace.lineno})"
     return str(told or "ok")
 
 
@@ -130,11 +145,16 @@ def _attack(path: Path, tests: ModuleType | None) -> str:
             return host.domain(name, toml)
 
         name = Domain.from_xml(xml).name
-        plan = ask(make_host(), path.stem, xml, options)
-        if plan.problems:
-            raise UsherError(f"it refuses the fake host: {plan.problems[0].message}. {_GIVE}")
+        host = make_host()
+        before = host.snapshot()
+        plan = ask(host, path.stem, xml, options)
+        if changed := differences(before, host.snapshot()):
+            raise UsherError(f"it changes the host by itself: {changed}", "return actions instead")
+        refused = plan.problems[0].message if plan.problems else run_hook(host, name, "prepare", xml).stderr
+        if refused:
+            raise UsherError(f"it refuses the fake host: {refused.replace(host.root, '').strip()}", _GIVE)
         if not plan.actions and not plan.later:
-            return f"not tried, it has nothing to do. {_GIVE}"
+            return f"not tried, it has nothing to do: {_GIVE}"
         cases = check_nothing_stays(make_host, name, xml)
     return f"ok ({sum(cases.values())} kills and errors)"
 
