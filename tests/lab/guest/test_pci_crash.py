@@ -13,7 +13,7 @@ import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel, usher, vfio
 from tests.lab.guest.libvirt import PATIENCE, Domain, run, virsh, wait_for
-from tests.lab.guest.test_pci import all_comes_back
+from tests.lab.guest.test_pci import all_comes_back, state
 
 __all__ = ["all_comes_back"]  # the fixture: every test ends with every device as it was
 
@@ -156,3 +156,37 @@ def test_a_device_that_somebody_opened_is_kept_until_they_close_it(stuck: Domain
         assert kernel.driver(ADDRESS) == "vfio-pci"
     run("virt-usher", "recover")
     assert kernel.driver(ADDRESS) == "xhci_hcd"
+
+
+def test_a_driver_that_does_not_let_go(domain: Domain, second_domain: Domain) -> None:
+    """ALSA waits in its remove for the last open file, and cannot be killed (snd_card_free)."""
+    gpu, sound = (machine.device(role).address for role in ("gpu", "gpu_audio"))
+    card = next((kernel.DEVICES / sound / "sound").glob("card*")).name.removeprefix("card")
+    deadlines = Path("/etc/virt-usher/config.toml")
+    before, policy = state(), deadlines.read_text()
+    domain.devices, second_domain.devices = ("gpu", "gpu_audio"), ("switched",)
+    usher.enable(second_domain, "pci")
+    usher.enable(domain, "pci")
+    for address, problem in ((gpu, "display"), (sound, "in-use")):
+        run("virt-usher", "waive", domain.name, address, problem, "a test")
+    deadlines.write_text("[deadlines]\nstart = 25\nstop = 4\n")
+    try:
+        with open(f"/dev/snd/controlC{card}", "rb"), in_background("start", domain.name) as start:
+            wait_for("the first unbind", lambda: kernel.driver(gpu) == "vfio-pci" or start.poll())
+            virsh("start", second_domain.name)  # meanwhile
+            said, _ = start.communicate(timeout=PATIENCE)
+            assert start.returncode == 1
+            assert "was not ready in time" in said
+            assert f"{sound}: snd_hda_intel → vfio-pci" in said
+            assert "waits in the kernel in snd_card_free" in said, said
+            assert domain.state == "shut off"
+            assert "it waits in snd_card_free" in run("virt-usher", "status", check=False).stdout
+            second_domain.stop()
+            second_domain.devices = ("gpu", "gpu_audio")
+            other = virsh("start", second_domain.define().name, check=False).stderr
+            assert f"is held by domain '{domain.name}', whose hook (pid " in other
+        usher.given_back(domain)
+        usher.given_back(second_domain)
+        assert state() == before
+    finally:
+        deadlines.write_text(policy)
