@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.libvirt.domain import Domain
-from tests.libvirt.private import HOOKS, PrivateLibvirt
+from tests.libvirt.private import CHECKOUT, HOOKS, PrivateLibvirt
 from tests.libvirt.product import CONFIG, cli, enable
 
+SWAPPINESS = Path("/proc/sys/vm/swappiness")
 TELL = """
 from dataclasses import dataclass
 import json
@@ -47,6 +49,27 @@ def test_a_plugin_is_told_the_threads_of_the_running_guest(usher: PrivateLibvirt
     }
     assert {n: threads[t] for n, t in iothreads.items()} == {"1": "IO iothread1", "2": "IO iothread2"}
     assert not {pid, *vcpus.values(), *iothreads.values()} & set(others)
+
+
+def test_a_newcomer_follows_the_guides_ten_commands(usher: PrivateLibvirt) -> None:
+    """From an installed virt-usher to an own plugin with a test, on a domain that really starts."""
+    guide = (CHECKOUT / "docs/plugins.md").read_text().partition("## Ten commands")[2]
+    commands = guide.split("```")[1].strip().splitlines()
+    assert len(commands) <= 10
+    usher.define(Domain("win10", memory=""))
+    usher.remove("/root/walk")
+    usher.run("mkdir", "/root/walk", check=True)
+    before, seen = SWAPPINESS.read_text(), {}
+    for command in commands:
+        ran = usher.run("sh", "-c", f"cd /root/walk; {command}", timeout=240)
+        assert ran.returncode == 0, f"{command}: {ran.stdout}{ran.stderr}"
+        seen[command.partition("#")[0].strip()] = (ran.stdout, SWAPPINESS.read_text())
+    assert seen["virt-usher plugins test calm.py"][0].count(": ok") == 2
+    assert f"swappiness: {before.strip()} → 5" in seen["virt-usher plan win10"][0]
+    assert seen["virsh start win10"][1] == "5\n"
+    assert "swappiness" in seen["virt-usher status win10"][0]
+    assert "release: ok" in seen["virt-usher last win10"][0]
+    assert SWAPPINESS.read_text() == before
 
 
 # As the users of VFIO-Tools have them: each says how it was called, by whom its stdin names.
