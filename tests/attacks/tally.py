@@ -29,6 +29,18 @@ ATTACKS = {
         "a start is refused with that reason; what a stop cannot undo is kept, and given back later",
     ),
     "vanish": ("A file is gone when a start reads it", "refused with that reason, or not needed"),
+    "torn": (
+        "The journal's last record is cut short, after each record and at any byte",
+        "a release brings all back, and another start and stop too",
+    ),
+    "other": (
+        "The journal is of another version; or configuration and plugins are gone at the stop",
+        "a newer one waits for its version, an older one and a lonely one are given back",
+    ),
+    "hostile": (
+        "Metadata sets each option of each plugin to hostile values; names have each ASCII character",
+        "what is not harmless is refused, nothing switched off, nothing touched; a name is data",
+    ),
     "laws": (
         "Three domains start, stop, crash and recover in random order, while an admin sets values of his own",
         "the host is as before once nobody holds it, with what the admin set; those that run are left alone",

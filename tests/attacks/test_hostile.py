@@ -1,0 +1,105 @@
+"""What others may write (names, metadata, a broken file) is read or refused in words, and stays data."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from xml.sax.saxutils import quoteattr
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.attacks.conftest import Tally
+from tests.attacks.table import COMBINED, PLUGINS, WholeHost, furnish
+from tests.attacks.test_kill_and_fail import SOAK
+
+from virt_usher import config, options
+from virt_usher.domain import Domain
+from virt_usher.errors import UsherError
+from virt_usher.host import Host
+from virt_usher.plugins import Plugins, load
+from virt_usher.testing import domain_xml, run_hook
+from virt_usher.testing.conformance import differences
+
+FILES = ("config.toml", "every-domain.toml", "domains/guest.toml")
+GOOD = f"""metadata = "options"
+[deadlines]
+start = 9
+{COMBINED.toml}
+[waive."0000:01:00.0"]
+device = "8086:10d3"
+"""
+VALUES = (
+    "",
+    "true",
+    "0",
+    "-1",
+    "../../x",
+    "/etc/shadow",
+    "$(id)",
+    "a,b",
+    "x" * 300,
+    "'\"<&>",
+    "\u202eabc",
+    "smb",
+)
+
+
+@settings(max_examples=2000 if SOAK else 150)
+@given(st.sampled_from(FILES), st.integers(0, 2000), st.integers(0, 40), st.binary(max_size=8))
+def test_a_broken_configuration_is_a_problem_and_nothing_else(
+    file: str, at: int, gone: int, put: bytes
+) -> None:
+    data = GOOD.encode()
+    at %= len(data)
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root, "etc/virt-usher", file)
+        path.parent.mkdir(parents=True, mode=0o755)
+        path.write_bytes(data[:at] + put + data[at + gone :])
+        os.chmod(path, 0o644)
+        host = Host(root)
+        with suppress(UsherError):
+            found = config.settings(host, Domain.from_xml(domain_xml()))
+            Plugins(host, found.plugins)
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_metadata_neither_weakens_nor_commands(room: Path, plugin: str, tried: Tally) -> None:
+    """Each option of each plugin, with each value: what is not harmless is refused, nothing is touched."""
+    host, cases = furnish(room / "host").every_domain(COMBINED.toml), 0
+    known = options.options_of(load(host, plugin))
+    tries = {"enabled": False, "from": False, "set": False, "waive": False}
+    tries |= {name: option.harmless for name, option in known.items()}
+    before = host.snapshot()
+    for name, harmless in tries.items():
+        for value in VALUES:
+            wanted = f"<u:plugin name='{plugin}' {name}={quoteattr(value)}/>"
+            found = config.settings(host, Domain.from_xml(domain_xml(metadata=wanted)))
+            told = [*found.problems, *Plugins(host, found.plugins).problems]
+            assert harmless or told, f"{plugin}.{name}={value!r} was taken"
+            assert plugin in [p.name for p in found.plugins], "the host switched it on"
+            cases += 1
+    assert not differences(before, host.snapshot())
+    tried("hostile", cases)
+
+
+def test_names_of_every_byte_are_data(room: Path, tried: Tally) -> None:
+    """All that libvirt takes for a name: no slash, no newline, up to 251 bytes."""
+    host, cases = WholeHost(room / "host"), 0
+    host.node(0, free_kib=1 << 20).hugetlbfs().every_domain("[plugins.hugepages]\n")
+    before = host.snapshot()
+    letters = [chr(c) for c in range(0x20, 0x7F) if chr(c) != "/"] + ["ü", "\u202e", "\U0001f600"]
+    for name in (*(f"{a}x{a}" for a in letters), "x" * 251, "-", "..", ". .", "a b", "*", "%s", "{0}"):
+        xml = domain_xml(name, memory_kib=8 << 10, hugepages=True)
+        result = run_hook(host, name, "prepare", xml)
+        if name in ("..",) and result.status:
+            assert "name" in result.stderr
+        else:
+            assert result.status == 0, f"{name!r}: {result.stderr}"
+            assert host.pages(0)[0] == 4, name
+        assert run_hook(host, name, "release", b"").status == 0
+        assert not differences(before, host.snapshot()), name
+        cases += 1
+    tried("hostile", cases)
