@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,32 @@ def test_two_plugins_of_one_name_are_refused_naming_both(host: FakeHost) -> None
 def test_what_cannot_be_a_plugins_name_is_never_looked_for(host: FakeHost, name: str) -> None:
     with pytest.raises(UsherError, match="cannot be the name of a plugin"):
         load(host, name)
+
+
+def test_plugins_that_are_off_are_neither_loaded_nor_listed(pc: FakeHost) -> None:
+    seen = os.open(pc.path("/seen"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+
+    def watch() -> None:
+        """Write down, in the hook's own process, what it opens and lists."""
+        told = os.open(f"/proc/{os.getppid()}/fd/{seen}", os.O_WRONLY | os.O_APPEND)
+        sys.addaudithook(
+            lambda event, given: (
+                os.write(told, f"{event} {given[0]!r}\n".encode()) and None
+                if event in ("os.listdir", "os.scandir", "open")
+                else None
+            )
+        )
+
+    for n in range(10):
+        pc.plugin(f"own{n}", "1 / 0\n")
+    pc.domain("guest", "[plugins.governor]\n")
+    for operation in ("prepare", "release"):
+        assert run_hook(pc, "guest", operation, prepare=watch).status == 0
+    os.close(seen)
+    told = Path(pc.path("/seen")).read_text()
+    assert "domains/guest.toml" in told
+    assert ADMIN not in told
+    assert not re.search(rf"os.(listdir|scandir) '{shipped_dir()}'", told)
 
 
 def test_only_files_that_can_be_plugins_are_listed(host: FakeHost) -> None:
