@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from virt_usher.testing import FakeHost, domain_xml, run_hook, start_hook
+from virt_usher.testing import FakeHost, ask, domain_xml, run_hook, start_hook
 
 TREE = "/etc/libvirt/hooks/qemu.d"
 # Writes down how it was called; $seen is replaced by a path.
@@ -105,3 +105,21 @@ def test_a_script_others_can_write_is_refused(scripted: FakeHost) -> None:
     result = run_hook(scripted, "guest", "prepare")
     assert "could be written by somebody else than root" in result.stderr
     assert not seen(scripted)
+
+
+def test_the_plan_lists_what_would_run_and_warns_of_virsh_and_of_a_second_dispatcher(
+    scripted: FakeHost,
+) -> None:
+    add(scripted, "prepare/begin/10", "#!/bin/sh\nvirsh nodedev-detach pci_0000_01_00_0\n")
+    add(scripted, "release/end", "#!/bin/sh\nvirsh list\n")  # a file for the folder, as VFIO-Tools lets one
+    scripted.file("/etc/libvirt/hooks/usher.d/guest/prepare/begin/20", RECORD, 0o755)
+    scripted.file("/etc/libvirt/hooks/qemu", "#!/bin/sh\n", 0o755)
+    plan = ask(scripted, "scripts", domain_xml("guest"))
+    assert not plan.problems
+    (action,) = plan.actions
+    own = "/etc/libvirt/hooks/usher.d/guest/prepare/begin/20"
+    assert f"run {TREE}/guest/prepare/begin/10, {own}" in action.describe(scripted)
+    notes = [str(p.item) for p in plan.items if p.item is not action]
+    for script in ("prepare/begin/10", "release/end"):
+        assert sum(f"guest/{script} calls virsh" in n for n in notes) == 1
+    assert sum("they run twice" in n for n in notes) == 1
