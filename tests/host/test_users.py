@@ -351,6 +351,15 @@ def test_a_device_of_a_running_guest(tmp_path: Path, node: str) -> None:
     assert users.find(host, [A], but=pid) == []
 
 
+@pytest.mark.parametrize(("flags", "found"), [("0100002", 1), ("012000000", 0)], ids=["open", "O_PATH"])
+def test_a_node_that_udev_only_names_is_not_in_use(tmp_path: Path, flags: str, found: int) -> None:
+    host = PciHost(tmp_path).device("0000:01:00.0", driver="vfio-pci")
+    pid = host.runs("(udev-worker)", "/dev/vfio/1")
+    for fd in host.entries(f"/proc/{pid}/fd"):
+        host.file(f"/proc/{pid}/fdinfo/{fd}", f"pos:\t0\nflags:\t{flags}\nmnt_id:\t29\n")
+    assert len(users.find(host, ["0000:01:00.0"])) == found
+
+
 def test_a_group_partner_of_a_running_guest(tmp_path: Path) -> None:
     host = make(tmp_path, "vfio-pci", NIC).device("0000:01:00.1", "1234:5678", kind=SOUND)
     host.runs("qemu-system-x86", "/dev/vfio/1", guest="win10")

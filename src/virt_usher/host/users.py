@@ -362,9 +362,20 @@ class _Look:
                 node = os.readlink(f"{folder}/{fd}")
             except OSError:
                 continue
-            if node.startswith("/dev/") and (address := self._address(pid, fd, node)):
+            address = self._address(pid, fd, node) if node.startswith("/dev/") else ""
+            if address and self._is_open(pid, fd):
                 found.setdefault(address, node)
         return [(node, address) for address, node in found.items()]
+
+    def _is_open(self, pid: str, fd: str) -> bool:
+        """Tell a file that is open from one that is only named (O_PATH), as udev does to set its owner.
+
+        The node of an IOMMU group appears with its first device on vfio: udev has it while the next is bound.
+        """
+        for line in self.host.get(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+            if line.startswith("flags:"):
+                return not int(line.split()[1], 8) & os.O_PATH
+        return True
 
     def _address(self, pid: str, fd: str, node: str) -> str:
         if address := self.nodes.get(node):
