@@ -29,7 +29,8 @@ def ask(
 
 
 # What a write to sysfs, a journal on a full or broken /run, or the start of a program can end with.
-ERRNOS = ("EIO", "EBUSY", "EINVAL", "EPERM", "ENODEV", "ENOENT", "ENOSPC", "EAGAIN", "EACCES", "ENOMEM")
+# Not ENOENT: what says so is gone, and counts as given back; here it would still be there.
+ERRNOS = ("EIO", "EBUSY", "EINVAL", "EPERM", "ENODEV", "ENOSPC", "EAGAIN", "EACCES", "ENOMEM")
 LIFE = ("prepare", "start", "started", "release")
 _SIGNS = {"start": ".sta", "started": ".std"}
 _KILLS = {"killed": "process", "killed with its daemon": "family", "its parent killed": "parent"}
