@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virt_usher import Action, Domain, Host, Note, Plan, Problem, hookimpl, option
 from virt_usher.actions import Isolate
 from virt_usher.cpulist import parse, show
+from virt_usher.errors import typed
 from virt_usher.host import cgroup
 from virt_usher.host.topology import Topology
 from virt_usher.isolate import claims
@@ -49,7 +49,7 @@ class Plugin:
     @hookimpl
     def usher_check(self, domain: Domain, host: Host, plan: Plan) -> Iterator[Problem]:
         cpus, topology = self._isolated(domain, host), Topology(host)
-        name = shlex.quote(domain.name)
+        name = typed(domain.name)
         propose, enable = f"virt-usher pins {name}", f"virt-usher enable {name} cpu_isolation"
         pinned = frozenset[int]().union(*map(domain.pins, THREADS))
         if self.units and (why := cgroup.unsupported(host)):

@@ -21,6 +21,7 @@ from virt_usher import (
     option,
     unload,
 )
+from virt_usher.errors import typed
 from virt_usher.host import users
 
 MODPROBE = "/sbin/modprobe"
@@ -89,4 +90,4 @@ class Plugin:
 
 
 def _enable(domain: Domain) -> str:
-    return f"virt-usher enable {ending.name(domain)} modules unload="
+    return f"virt-usher enable {typed(domain.name)} modules unload="

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, ending, hookimpl, option, rebind
+from virt_usher.errors import typed
 from virt_usher.host import users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.host.quirks import Quirks
@@ -88,13 +89,13 @@ class Plugin:
             if id_ != device.id:
                 now = [d.address for d in device.pci.devices if d.id == id_]
                 hint = (
-                    f"it is at {' and '.join(now)}: virsh edit {ending.name(domain)}" if now else "lspci -Dnn"
+                    f"it is at {' and '.join(now)}: virsh edit {typed(domain.name)}" if now else "lspci -Dnn"
                 )
                 yield Problem(f"{device.address} is {device.id or 'not there'}, and {id_} is expected", hint)
 
 
 def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem]:
-    edit = f"virsh edit {ending.name(domain)}"
+    edit = f"virsh edit {typed(domain.name)}"
     for device in devices:
         if not device.exists:
             yield Problem(f"{device.address} is not in this host", f"lspci -D shows what is; {edit}")
@@ -108,7 +109,7 @@ def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[
         for other in map(first.pci.device, first.pci.group(group)):
             if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
                 continue
-            hint = f"virt-usher enable {ending.name(domain)} pci group=true"
+            hint = f"virt-usher enable {typed(domain.name)} pci group=true"
             if other.class_code[:2] == "06":
                 hint = "it belongs to the host's chipset: give the domain another device"
             if other.is_bridge:  # shpchp drives bridges, and lacks driver_managed_dma

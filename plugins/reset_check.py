@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virt_usher import Domain, Host, Note, Plan, Problem, hookimpl, option
+from virt_usher.errors import typed
 from virt_usher.host import reset
 from virt_usher.host.pci import Device
 
@@ -39,7 +39,7 @@ class Plugin:
 
 
 def _problem(domain: Domain, device: Device, verdict: reset.Verdict) -> Problem:
-    name = "-- " * domain.name.startswith("-") + shlex.quote(domain.name)
+    name = typed(domain.name)
     shown = f"{device.address} ({device.id})".removesuffix(" ()")
     if verdict.kind in (reset.ABSENT, reset.BRIDGE):
         return Problem(f"{shown}: {verdict.why}", f"take it out of the domain: virsh edit {name}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virt_usher import Action, Domain, Host, Plan, Problem, Write, hookimpl, option
+from virt_usher.errors import typed
 
 # Not one value that can be read, remembered and put back: they belong to those who keep account of them.
 ELSEWHERE = {
@@ -34,7 +35,9 @@ class Plugin:
     @hookimpl
     def usher_check(self, domain: Domain, host: Host, plan: Plan) -> Iterator[Problem]:
         if not self.set:
-            yield Problem("nothing is set", f"virt-usher enable '{domain.name}' sysfs 'set=PATH=VALUE,…'")
+            yield Problem(
+                "nothing is set", f"virt-usher enable {typed(domain.name)} sysfs 'set=PATH=VALUE,…'"
+            )
         for line in self.set:
             path, value, files = _find(line, domain, host)
             if not path.startswith("/") or not value:

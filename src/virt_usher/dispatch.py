@@ -15,7 +15,7 @@ import select
 import time
 
 from virt_usher import log
-from virt_usher.errors import UsherError, printable
+from virt_usher.errors import UsherError, printable, typed
 from virt_usher.event import GIVE_BACK, NOTHING, Event
 from virt_usher.host import LiveHost
 from virt_usher.journal import Journal, Journals
@@ -233,14 +233,8 @@ def refusal(name: str, errors: list[UsherError]) -> str:
         if error.hint:
             lines.append(f"      {printable(error.hint)}")
     if len(errors) > 4:
-        lines.append(f"  and {len(errors) - 4} more; all of them: virt-usher plan {_quoted(name)}")
+        lines.append(f"  and {len(errors) - 4} more; all of them: virt-usher plan {typed(name)}")
     return "\n".join(lines)
-
-
-def _quoted(name: str) -> str:
-    import shlex
-
-    return shlex.quote(printable(name))
 
 
 def give_back(line: Line, journals: Journals) -> None:

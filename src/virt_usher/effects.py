@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from virt_usher.errors import UsherError
+from virt_usher.errors import UsherError, typed
 from virt_usher.host.pool import Pool
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
@@ -233,7 +233,7 @@ def _short(step: Step, pools: list[Pool], missing: int) -> UsherError:
     tip = (
         ""
         if step.data.get("drop_caches")
-        else (f"virt-usher enable '{step.domain}' hugepages drop_caches=true, ")
+        else f"virt-usher enable {typed(step.domain)} hugepages drop_caches=true, "
     )
     return UsherError(
         f"{pages} pages of {size} KiB are needed on {where}, and only {had} could be had: "

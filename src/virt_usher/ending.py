@@ -5,11 +5,11 @@ What the plan ends lets the start pass its check. Right before the device is tak
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterator
 
 from virt_usher.actions import Action, KeepUnit, Problem, Write
 from virt_usher.domain import Domain
+from virt_usher.errors import typed
 from virt_usher.host import Host, console, users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.prepare import Plan
@@ -31,10 +31,10 @@ def problems(
             what += ", which the plan ends only after it takes the device"
             hint = f"in /etc/virt-usher/domains/, put the plugin that ends it before {_plugin(plan, action)}"
         elif user.console:
-            hint = f"virt-usher enable {name(domain)} consoles"
+            hint = f"virt-usher enable {typed(domain.name)} consoles"
         elif user.units and all(services := [users.system_unit(names) for names in user.units]):
             units = ",".join(sorted({*stopped(actions), *services}))
-            hint = f"virt-usher enable {name(domain)} services stop={units}"
+            hint = f"virt-usher enable {typed(domain.name)} services stop={units}"
         yield problem(domain, host.pci.device(user.address), user.problem, what, hint)
 
 
@@ -68,10 +68,5 @@ def problem(domain: Domain, device: Device, kind: str, what: str, hint: str) -> 
     text = f"{device.address} ({device.id}) {what}"
     if kind not in WAIVABLE:
         return Problem(text, hint)
-    waive = f"virt-usher waive {name(domain)} {device.address} {kind} 'REASON'"
+    waive = f"virt-usher waive {typed(domain.name)} {device.address} {kind} 'REASON'"
     return Problem(text, f"{hint}; or: {waive}", (device.address, device.id, kind))
-
-
-def name(domain: Domain) -> str:
-    """Return a domain's name as a command line takes it."""
-    return "-- " * domain.name.startswith("-") + shlex.quote(domain.name)

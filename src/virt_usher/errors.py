@@ -27,6 +27,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def typed(name: str) -> str:
+    """Write a domain's name as an argument in a command for people to copy.
+
+    `--` goes before one that looks like an option, and control characters are shown, as everywhere.
+    """
+    import shlex  # here: release refuses nothing
+
+    return "-- " * name.startswith("-") + shlex.quote(printable(name))
+
+
 def nearest(word: str, known: list[str]) -> str:
     """Return ' (did you mean X?)' for the known word nearest to this one, or ''."""
     import difflib

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from virt_usher import options
 from virt_usher.cli import base
 from virt_usher.cli.edit import ConfigFile, warn_if_unknown, who
 from virt_usher.cli.packages import packaged
-from virt_usher.errors import UsherError, nearest
+from virt_usher.errors import UsherError, nearest, typed
 from virt_usher.host import Host
 from virt_usher.plugins import installed, load
 
@@ -56,7 +55,7 @@ def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool) -> No
     warn_if_unknown(usher, name)
     file.write()
     base.say("It counts from the next start on; what that would do:")
-    base.command_line(f"virt-usher plan {shlex.quote(name)}" if name else "virt-usher plan", 4)
+    base.command_line(f"virt-usher plan {typed(name)}" if name else "virt-usher plan", 4)
 
 
 def _home(host: Host, file: ConfigFile, name: str) -> str:
