@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 
 from virt_usher import log
@@ -238,11 +239,15 @@ class Journal:
     def keep_xml(self, xml: bytes) -> None:
         """Keep the domain's XML beside the journal, for scripts that read it."""
         real = self.host.path(self.path)[:-4] + ".xml"
-        fd = os.open(real, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as stream:
+            stream.write(xml)  # all of it, or OSError: a full /run takes only a part of one write
+
+    def kept_xml(self) -> bytes:
+        """Return the domain's XML that was kept, whatever its size; empty where there is none."""
         try:
-            os.write(fd, xml)
-        finally:
-            os.close(fd)
+            return self.host.read_bytes(self.path[:-4] + ".xml", sys.maxsize)
+        except OSError:
+            return b""
 
     def remove(self) -> None:
         """Delete the journal and its signs: the domain holds nothing any more."""

@@ -12,7 +12,6 @@ import time
 from virt_usher import children, log
 from virt_usher.effects import KINDS, Kind
 from virt_usher.errors import UsherError, printable
-from virt_usher.host import RUN_DIR
 from virt_usher.vetting import vet
 
 TYPE_CHECKING = False
@@ -68,9 +67,11 @@ def _executable(path: str) -> bool:
 def _run(host: LiveHost, step: Step, script: str, operation: str, deadline: float) -> tuple[int, str]:
     """Run one script as libvirt would: its four arguments, the domain's XML on stdin."""
     vet(host, script)
-    xml = host.get(f"{RUN_DIR}/{step.domain}.xml").encode("utf-8", "surrogateescape")
     status, output = children.run(
-        host, [script, step.domain, *operation.split("/"), step.journal.reason], deadline, xml
+        host,
+        [script, step.domain, *operation.split("/"), step.journal.reason],
+        deadline,
+        step.journal.kept_xml(),
     )
     for line in output.splitlines():
         log.say(log.INFO, step.domain, step.journal.start_id, f"{os.path.basename(script)}: {line}")

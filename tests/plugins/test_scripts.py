@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,34 @@ def test_all_operations_run_their_scripts_in_order(scripted: FakeHost) -> None:
         f"r guest release end -; {size}",
     ]
     assert not scripted.journal("guest")
+
+
+def test_scripts_of_both_ways_get_the_whole_of_a_large_domains_xml(scripted: FakeHost) -> None:
+    for script in ("prepare/begin/p", "release/end/r"):
+        add(scripted, script, '#!/bin/sh\ncat >"SEEN.$2"\n')
+    disks = "<disk type='file'><source file='/ü'/></disk>" * 60_000
+    xml = domain_xml("guest", f"<devices>{disks}</devices>")
+    assert len(xml) > 2 << 20
+    for operation in ("prepare", "release"):
+        assert run_hook(scripted, "guest", operation, xml).status == 0
+        assert Path(scripted.path(f"/seen.{operation}")).read_bytes() == xml
+
+
+def test_xml_that_does_not_fit_refuses_the_start(scripted: FakeHost) -> None:
+    """A file as large as its limit takes a part of one write and refuses the next, as a full disk does."""
+    add(scripted, "prepare/begin/p")
+    before = scripted.snapshot()
+    xml = domain_xml("guest", f"<devices>{'<hub/>' * 20_000}</devices>")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
+
+    result = run_hook(scripted, "guest", "prepare", xml, prepare=limit)
+    assert result.status == 3
+    assert "File too large" in result.stderr
+    assert run_hook(scripted, "guest", "release").status == 0
+    assert not seen(scripted)
+    assert scripted.snapshot() == before
 
 
 def test_a_failing_script_refuses_the_start_with_its_last_lines(scripted: FakeHost) -> None:
