@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from virt_usher import cpulist
-from virt_usher.effects import ELSEWHERE, KINDS
+from virt_usher.effects import ELSEWHERE, KINDS, chosen
 from virt_usher.errors import UsherError
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ class Write(Action):
         return {"path": self.path, "new": self.value}
 
     def describe(self, host: Host) -> str:
-        now = host.get(self.path, "?")
+        try:
+            now = chosen(host, self.path)
+        except OSError:
+            now = "?"
         return f"{self.label or self.path}: {now}" + (
             f" → {self.value}" if now != self.value else " (as it is)"
         )

@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # importing typing would cost release more than all its w
 if TYPE_CHECKING:
     from typing import Any
 
-    from virt_usher.host import LiveHost
+    from virt_usher.host import Host, LiveHost
     from virt_usher.journal import Step
 
 
@@ -49,7 +49,7 @@ class Knob(Kind):
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
         # Whoever comes later copies the true original, so that the last to go can restore it.
-        return {"old": others[0].data["old"] if others else _value(host, fields["path"])}
+        return {"old": others[0].data["old"] if others else chosen(host, fields["path"])}
 
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Knob(Kind):
         ruling = [s for s in others if not s.failed]
         if ruling:
             return {} if ruling[0].data["new"] == new else {"ruled": ruling[0].domain}
-        return _set(host, path, new) if _value(host, path) != new else {}
+        return _set(host, path, new) if chosen(host, path) != new else {}
 
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
@@ -67,7 +67,7 @@ class Knob(Kind):
             return ""  # the value of an earlier domain rules
         target = later[0].data["new"] if later else old
         try:
-            now = _value(host, path)
+            now = chosen(host, path)
             if now == target:
                 return ""
             passed = step.data.get("values", [])  # values of others, set by an undo that was killed
@@ -84,18 +84,18 @@ class Knob(Kind):
         return ""
 
 
-def _value(host: LiveHost, path: str) -> str:
+def chosen(host: Host, path: str) -> str:
     """Read a knob; of a choice shown as 'always [madvise] never' the chosen word."""
     text = host.read(path)
     words = text.split()
-    chosen = [w[1:-1] for w in words if w.startswith("[") and w.endswith("]")]
-    return chosen[0] if len(chosen) == 1 and len(words) > 1 else text
+    marked = [w[1:-1] for w in words if w.startswith("[") and w.endswith("]")]
+    return marked[0] if len(marked) == 1 and len(words) > 1 else text
 
 
 def _set(host: LiveHost, path: str, value: str) -> dict[str, str]:
     """Write a knob, and return how the kernel spells it where that differs (masks, lists)."""
     host.write(path, value)
-    seen = _value(host, path)
+    seen = chosen(host, path)
     return {} if seen == value else {"is": seen}
 
 

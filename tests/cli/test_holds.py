@@ -93,3 +93,16 @@ def test_a_change_of_a_kind_unknown_here_is_told_all_the_same(cli: Cli, pc: Fake
     step = '{"do":1,"kind":"new","plugin":"p","what":"w"}'
     pc.file("/run/virt-usher/guest.jnl", f'{{"usher":1,"id":"x"}}\n{step}\n')
     assert "p: w" in cli("status").out
+
+
+def test_a_choice_that_shows_all_words_is_no_drift_while_ours_is_chosen(cli: Cli, host: FakeHost) -> None:
+    knob = "/sys/kernel/mm/transparent_hugepage/defrag"
+    host.file(knob, "always defer [madvise] never")
+    host.domain("guest", f'[plugins.sysfs]\nset = ["{knob} = defer"]\n')
+    held = start(cli, host, domain_xml("guest"))
+    assert held["what"] == f"{knob}: madvise → defer"
+    host.file(knob, "always [defer] madvise never")  # as the kernel answers the write
+    held = look(cli, host)
+    assert (held["original"], held["present"], held["drift"]) == ("madvise", "defer", False)
+    host.file(knob, "[always] defer madvise never")
+    assert look(cli, host)["drift"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from virt_usher.effects import chosen
 from virt_usher.errors import UsherError
 from virt_usher.host import LiveHost
 from virt_usher.host.pool import Pool
@@ -29,7 +30,7 @@ def _knob(host: LiveHost, step: Step, claims: list[Step]) -> Told:
     ruler = next((c for c in claims if not c.failed), step)
     old, new = step.data.get("old"), step.data["new"]
     try:
-        now = host.read(step.data["path"])
+        now = chosen(host, step.data["path"])
     except OSError:
         now = None  # gone, or a CPU that is offline: nothing that anybody set
     ours = {ruler.data["new"], ruler.data.get("is"), None}
