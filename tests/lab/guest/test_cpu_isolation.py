@@ -427,7 +427,10 @@ def test_pins_are_proposed_written_and_isolated(pinned: Pinned) -> None:
 def test_the_recipes_of_the_docs_are_held_and_given_back(pinned: Pinned) -> None:
     text = (CHECKOUT / "docs/cpu.md").read_text()
     recipes = re.findall(r"^\| `(/\S+) = (\S+)` \|", text, re.MULTILINE)
-    files = {path: list(Path("/").glob(path.replace("{cpu}", "[23]")[1:])) for path, _ in recipes}
+    globs = {path: Path("/").glob(path.replace("{cpu}", "[23]")[1:]) for path, _ in recipes}
+    # Without the hardware for it, nmi_watchdog is there and read-only, also for root.
+    files = {path: [f for f in found if f.stat().st_mode & 0o200] for path, found in globs.items()}
+    recipes = [(path, value) for path, value in recipes if files[path]]
     print("not on this machine:", *(path for path, found in files.items() if not found))
     assert len([found for found in files.values() if found]) >= 7
 
