@@ -45,6 +45,10 @@ ATTACKS = {
         "Three domains start, stop, crash and recover in random order, while an admin sets values of his own",
         "the host is as before once nobody holds it, with what the admin set; those that run are left alone",
     ),
+    "race": (
+        "Domains that share all of a host start and stop at once, while one dies and `recover` never rests",
+        "each has what it was given until it stops, one at a time a device; then the host is as before",
+    ),
     "child": (
         "A program fails, hangs, or kills the hook that started it",
         "refused within the deadline; the host is as before",
