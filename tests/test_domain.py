@@ -60,21 +60,22 @@ def test_a_cut_or_changed_document_is_read_or_refused_and_nothing_else(at: int, 
             continue
 
 
+def bounded() -> None:
+    """Let this process have 200 MB more than it has already, and two seconds of CPU."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/statm") as stream:
+        used = max(used, int(stream.read().split()[0]) * resource.getpagesize())
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), used + (200 << 20)))
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+
+
 def test_ten_megabytes_take_bounded_memory(host: FakeHost) -> None:
-    """In a process that may have 200 MB more than it has already, and two seconds of CPU."""
     disks = b"<disk type='file'><source file='/x'/></disk>" * (10 * (1 << 20) // 46)
     xml = domain_xml(body=f"<devices>{disks.decode()}</devices>")
     assert len(xml) > 9 << 20
     host.every_domain("[plugins.governor]\n")
 
-    def limits() -> None:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        with open("/proc/self/statm") as stream:
-            used = max(used, int(stream.read().split()[0]) * resource.getpagesize())
-        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), used + (200 << 20)))
-        resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
-
-    result = run_hook(host, "guest", "prepare", xml, prepare=limits)
+    result = run_hook(host, "guest", "prepare", xml, prepare=bounded)
     assert (result.status, result.stderr) == (0, "")
 
 

@@ -193,6 +193,19 @@ def test_hostile_names_are_passed_on_as_they_are(gate: Gate, name: str, marker: 
     assert not gate.started
 
 
+def test_names_of_every_byte_are_passed_on_as_they_are(gate: Gate) -> None:
+    """All that libvirt takes: any byte but a slash and a newline, up to 251 of them."""
+    names = [bytes([byte]) for byte in range(1, 256) if byte not in b"/\n"]
+    for name in map(os.fsdecode, (*names, b"\xff" * 251, b"\xc3" * 251)):
+        gate.marker("jnl", name)
+        done = gate.call(name, "prepare")
+        assert (done.returncode, done.stderr) == (0, b""), name
+        assert gate.arguments == [name, "prepare", "begin", "-"]
+        (gate.run_dir / f"{name}.jnl").unlink()
+        gate.call(name, "release")
+        assert not gate.started, f"{name!r} has no journal, whatever else is there"
+
+
 @pytest.mark.parametrize("how", ["exit 1", "exit 4", "kill -KILL $$", "exit 127", "missing", "no program"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_broken_python_refuses_only_starts_that_need_it(gate: Gate, operation: str, how: str) -> None:

@@ -38,7 +38,7 @@ ATTACKS = {
         "a newer one waits for its version, an older one and a lonely one are given back",
     ),
     "hostile": (
-        "Metadata sets each option of each plugin to hostile values; names have each ASCII character",
+        "Metadata sets each option of each plugin to hostile values; names have each byte there is",
         "what is not harmless is refused, nothing switched off, nothing touched; a name is data",
     ),
     "laws": (
