@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,3 +366,45 @@ def test_giving_back_needs_no_heavy_module() -> None:
     source = {"PYTHONPATH": str(Path(virt_usher.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=source, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [
+        "/sys/fs/cgroup/system.slice/cpuset.cpus",
+        "/sys/fs/cgroup/init.scope/cgroup.events",
+        "/proc/irq/1/smp_affinity_list",
+        "/sys/devices/virtual/workqueue/cpumask*",
+        "/sys/devices/system/cpu/possible",
+    ],
+)
+def test_isolation_that_cannot_be_read_at_a_stop_is_kept_and_told(tmp_path: Path, unread: str) -> None:
+    host = build(tmp_path)
+    xml = isolate(host, "one", "2-3")
+    before = host.snapshot()
+    assert run_hook(host, "one", "prepare", xml).status == 0
+    host.fail(unread, errno.EIO, on="read")
+    stop(host, "one")
+    assert "Input/output error" in host.journal("one")
+    with contextlib.redirect_stdout(told := io.StringIO()), pytest.raises(SystemExit) as ended:
+        cli.main(("status",), host, "test:///default")
+    assert ended.value.code == 1
+    assert "left behind" in told.getvalue()
+    assert "Input/output error" in told.getvalue()
+    refused = run_hook(host, "one", "prepare", xml)
+    assert refused.status == 3
+    assert "Input/output error" in refused.stderr
+    host.heal()
+    stop(host, "one")
+    changed = differences(before, host.snapshot()).splitlines()
+    # A cpuset with processes cannot be emptied: all CPUs are as good.
+    assert not [x for x in changed if not x.endswith("cpuset.cpus: '644' before, '644 0-7' now")]
+
+
+def test_a_unit_and_an_interrupt_that_vanished_are_given_back(tmp_path: Path) -> None:
+    host = build(tmp_path)
+    start(host, "one", "2-3")
+    shutil.rmtree(host.path("/proc/irq/1"))
+    shutil.rmtree(host.path("/sys/fs/cgroup/custom.slice"))
+    stop(host, "one")
+    assert not host.journal("one")

@@ -303,3 +303,17 @@ def test_only_the_newest_records_of_starts_are_kept(pc: FakeHost, new_host: Call
     kept = host.entries(LAST)
     assert len(kept) == 200
     assert "guest.jnl" in kept
+
+
+def test_a_journal_that_cannot_be_deleted_holds_nothing_and_blocks_nothing(pc: FakeHost) -> None:
+    pc.domain("guest", "[plugins.governor]\n")
+    before = pc.snapshot()
+    journal = hold(pc, "guest")
+    pc.fail("/run/virt-usher/guest.jnl", errno.EROFS)
+    with pc.watched():
+        journal.remove()
+    assert Journal(pc, "guest").exists
+    pc.heal()
+    for operation in ("release", "prepare", "release"):
+        assert run_hook(pc, "guest", operation).status == 0
+    assert not differences(before, pc.snapshot())

@@ -250,13 +250,20 @@ class Journal:
             return b""
 
     def remove(self) -> None:
-        """Delete the journal and its signs: the domain holds nothing any more."""
+        """Delete the journal and its signs: the domain holds nothing any more.
+
+        Where one cannot be deleted the journal stays too, and the next start, release or recover tries again.
+        """
         real = self.host.path(self.path)
         for path in (*(real[:-4] + suffix for suffix in (*SIGNS.values(), ".tmp", ".xml")), real):
             try:
                 os.unlink(path)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                text = f"{path}: {error.strerror}: it holds nothing any more, and stays"
+                log.say(log.WARNING, self.name, self.start_id, text)
+                return
         self._forget()
 
     def keep_last(self, sync: bool = False) -> None:

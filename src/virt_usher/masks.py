@@ -27,7 +27,7 @@ ARRIVAL = 15.0  # seconds from systemd's answer to the kernel's: it has more to 
 
 def every_cpu(host: Host) -> Cpus:
     """Return all CPUs that this machine can ever have: a mask with all of them confines nothing."""
-    return cpulist.parse(host.get("/sys/devices/system/cpu/possible", "0"))
+    return cpulist.parse(host.known("/sys/devices/system/cpu/possible", "0"))
 
 
 class Masks:
@@ -47,11 +47,17 @@ class Masks:
 
     @classmethod
     def look(cls, host: Host) -> dict[str, Cpus]:
-        """Return name -> CPUs of now; nothing where the host has no such part."""
+        """Return name -> CPUs of now; nothing where the host has no such part.
+
+        OSError where a mask is there and cannot be read.
+        """
         found = {}
         for path in cls.paths(host):
-            with contextlib.suppress(OSError):  # an interrupt that was freed since it was listed
+            try:
                 found[path] = irq.read(host, path)
+            except OSError:
+                if host.exists(path):  # else an interrupt that was freed since it was listed
+                    raise
         return found
 
     @classmethod

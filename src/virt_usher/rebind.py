@@ -96,6 +96,8 @@ class Driver(Kind):
         # Our own marks; and what libvirt's reattach makes of a managed device: its default driver, and no
         # override (virPCIDeviceUnbindFromStub). Before the step was done, libvirt was not there yet.
         managed = data.get("managed") and step.done
+        if not back and now in _homes(step):
+            back = now  # an undo that failed half-way had let go of it, and its driver was loaded again
         marks = (data["to"], aim, UNSET) if managed else (data["to"], aim)
         remark = ""
         if now != back:
@@ -113,6 +115,13 @@ class Driver(Kind):
             device.set("power/control", data["power"])
             device.set("d3cold_allowed", data["d3cold"])
         return remark
+
+
+def _homes(step: Step) -> set[str]:
+    """Return the drivers that a device had before the modules of these were unloaded for its domain."""
+    modules = [s.data["old"] for s in step.journal.steps.values() if s.kind == "module"]
+    owned = [pair for old in modules for pair in old["devices"]]
+    return {driver.removeprefix("pci:") for address, driver in owned if address == step.data["address"]}
 
 
 def _bring_back(device: Device, back: str, data: dict[str, Any]) -> str:
@@ -155,7 +164,7 @@ class Device:
         self.dir = f"{BUS}/devices/{address}"
 
     def get(self, name: str) -> str:
-        return self.host.get(f"{self.dir}/{name}")
+        return self.host.known(f"{self.dir}/{name}")
 
     @property
     def exists(self) -> bool:

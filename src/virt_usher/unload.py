@@ -64,7 +64,7 @@ class Module(Kind):
             raise UsherError(f"{name} waits for {min(waits)}, which is not back yet", "virt-usher recover")
         if not (step.done or step.failed):
             _wait_for_rmmod(host, name)
-        if host.get(f"/sys/module/{name}/initstate") == "going":
+        if host.known(f"/sys/module/{name}/initstate") == "going":
             raise UsherError(f"{name} is still on its way out of the kernel", "virt-usher recover")
         if not loaded(host, name):
             modprobe(host, name, time.monotonic() + UNDO_SECONDS)

@@ -6,6 +6,8 @@ A new plugin needs a row here (a test says so), and its part of the kernel as a 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ NIC, GPU = "0000:01:00.0", "0000:02:00.0"
 SCRIPTS = "/etc/libvirt/hooks/qemu.d"
 SYSTEMCTL = "/usr/bin/systemctl"
 KNOBS = ("/proc/sys/vm/stat_interval", "/sys/kernel/mm/transparent_hugepage/enabled")
+# What may vanish while a domain runs: a freed interrupt, an unplugged device, a value of an unloaded module.
+_MORTAL = re.compile("/sys/bus/pci/devices/([^/]+)|/proc/irq/[0-9]+(?=/)|" + "|".join(KNOBS))
 # Units that have a state; of CPUs the kernel part's own systemctl knows, which lies beside.
 _SYSTEMCTL = """#!/bin/sh
 states=${0%/usr/bin/systemctl}/.kernel/states
@@ -61,6 +65,31 @@ class WholeHost(CgroupKernel, ModuleHost):
         states = Path(self.path("/.kernel/states"))
         shown = super().snapshot() | {f"state of {p.name}": p.read_text() for p in states.glob("[!.]*")}
         return {p: t for p, t in shown.items() if "/cpuset." not in p or t.split()[1:] not in ([], ["0-7"])}
+
+    vanish_at = 0
+
+    def read(self, path: str, limit: int = 1 << 20) -> str:
+        self._vanish(path)
+        return super().read(path, limit)
+
+    def write(self, path: str, value: str) -> None:
+        self._vanish(path)
+        super().write(path, value)
+
+    def _vanish(self, path: str) -> None:
+        """At the nth access to something that can go, let it go for good, and all that belongs to it."""
+        m = _MORTAL.match(path) if self.vanish_at > 0 and self._pending is None else None
+        if m is None or not self.exists(m[0]):
+            return
+        self.vanish_at -= 1
+        if self.vanish_at == 0:
+            Path(self.path("/.kernel/gone")).write_text(m[1] or m[0])
+            if m[1]:
+                self.unplug(m[1])
+            elif os.path.isdir(self.path(m[0])):
+                shutil.rmtree(self.path(m[0]))
+            else:
+                os.unlink(self.path(m[0]))
 
     def trouble(self, nth: int, how: str) -> None:
         """Let the nth program that is started fail, hang until `settle`, or kill the hook."""

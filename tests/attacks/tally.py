@@ -29,6 +29,10 @@ ATTACKS = {
         "a start is refused with that reason; what a stop cannot undo is kept, and given back later",
     ),
     "vanish": ("A file is gone when a start reads it", "refused with that reason, or not needed"),
+    "unread": (
+        "A file cannot be read at a stop",
+        "what cannot be given back for it is kept, and given back later; nothing is forgotten",
+    ),
     "torn": (
         "The journal's last record is cut short, after each record and at any byte",
         "a release brings all back, and another start and stop too",

@@ -1,7 +1,7 @@
-"""Every plugin, and all of them at once: killed and failed at every write of every operation.
+"""Every plugin, and all of them at once: killed and failed at the writes of every operation.
 
-How many of the writes: all with VIRT_USHER_SOAK=1, else so many of each attack as time allows, others
-for each attack.
+At all of them with VIRT_USHER_SOAK=1. Else at every write for kills of the plugins in CHEAP, and for the
+rest at as many as time allows, spread over the operation and others for each attack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tests.attacks.calls import gone_daemon, recover
 from tests.attacks.conftest import Tally
-from tests.attacks.table import PLUGINS, ROWS, SCRIPTS, Row
+from tests.attacks.table import GPU, PLUGINS, ROWS, SCRIPTS, Row
 from tests.conftest import ROOT
 
 from virt_usher.testing.conformance import ATTACKS, ERRNOS, LIFE, Attack, attacked, call, differences, settled
@@ -28,8 +28,13 @@ from virt_usher.testing.conformance import ATTACKS, ERRNOS, LIFE, Attack, attack
 pytestmark = pytest.mark.timeout(1800)  # many cases in one test, on CPUs that others use too
 
 SOAK = bool(os.environ.get("VIRT_USHER_SOAK"))
+CI = os.environ.get("CI") == "true"
+ALL = 10**6
 # Points of each attack; twice as many for all plugins at once.
-MOST = 10**6 if SOAK else 1
+MOST = ALL if SOAK else 1
+CHEAP = ("sysfs",) if CI else ()
+# Reads that fail at a stop, with each of two errnos; for one plugin in CI all of them.
+READS = ALL if SOAK else 12 if CI else 4
 
 MORE = tuple(
     Attack(operation, how, then)
@@ -97,6 +102,8 @@ def in_turn(attack: Attack, number: int) -> list[Attack]:
 @pytest.mark.parametrize("what", ["kill", "fail"])
 def test_nothing_stays(room: Path, name: str, what: str, tried: Tally) -> None:
     row, most = ROWS[name], MOST * (2 if name == "combined" else 1)
+    if what == "kill" and name in CHEAP:
+        most = ALL
     passed = points(row, room / "count")
     cases = [
         (turned, point)
@@ -136,6 +143,69 @@ def test_a_file_that_vanishes_is_no_catastrophe(room: Path, name: str, tried: Ta
     for code in ("ENOENT", "ENODEV"):
         cases += [(code, n) for n in sample(60, MOST * 2, f"{name} {code}")]
     tried("vanish", all_of(partial(vanished, row, room), cases))
+
+
+def unreadable(row: Row, root: Path, case: tuple[str, int]) -> bool:
+    """Let the nth read of a stop fail: what cannot be given back for it is kept, and given back later."""
+    code, nth = case
+    host = row.host(root / "-".join(map(str, case)))
+    before = host.snapshot()
+    assert call(host, "guest", "prepare", row.xml()).status == 0
+    host.fail("*", getattr(errno, code), nth, on="read")
+    result = call(host, "guest", "release", row.xml())
+    host.heal()
+    assert "Traceback" not in result.stderr, f"{case}: {result.struck}: {result.stderr}"
+    changed = differences(before, host.snapshot())
+    assert not changed or host.journal("guest"), f"{case}: {result.struck}: forgotten:\n{changed}"
+    for again in ("prepare", "release") if nth % 2 else ("release",):
+        ran = call(host, "guest", again, row.xml())
+        assert ran.status == 0, f"{case}: {result.struck}: {ran.stderr}"
+    changed = differences(before, host.snapshot())
+    assert not changed, f"{case}: {result.struck}: {changed}"
+    shutil.rmtree(host.root)
+    return bool(result.struck)
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if n not in ("reset_check", "scripts", "services")])
+def test_what_cannot_be_read_at_a_stop_is_kept(room: Path, name: str, tried: Tally) -> None:
+    row = ROWS[name]
+    host = row.host(room / "count")
+    assert call(host, "guest", "prepare", row.xml()).status == 0
+    assert call(host, "guest", "release", row.xml(), -1).status == 0
+    count, most = len(host.looked()), ALL if CI and name != "combined" else READS
+    cases = [(code, n) for code in ("EIO", "ENODEV") for n in sample(count, most, f"{name} {code}")]
+    tried("unread", all_of(partial(unreadable, row, room), cases))
+
+
+def unplugged(row: Row, root: Path, case: tuple[str, int]) -> bool:
+    """Let something go for good when it is read or written for the nth time; the rest is as before."""
+    operation, nth = case
+    host = row.host(root / "-".join(map(str, case)))
+    before = host.snapshot()
+    if operation == "release":
+        assert call(host, "guest", "prepare", row.xml()).status == 0
+    host.vanish_at = nth
+    results = [call(host, "guest", operation, row.xml())]
+    host.vanish_at = 0
+    gone = host.happened("gone")
+    results += [call(host, "guest", "release", row.xml())]
+    for result in results:
+        assert "Traceback" not in result.stderr, f"{case}: {gone}: {result.stderr}"
+        assert "an error in virt-usher" not in result.stderr, f"{case}: {gone}: {result.stderr}"
+    changed = differences(before, host.snapshot()).splitlines()
+    # The text console goes with its card, for the kernel too.
+    left = [x for x in changed if not gone or not (gone in x or (gone == GPU and "/vtcon" in x))]
+    assert not left, f"{case}: {gone}: {left}"
+    shutil.rmtree(host.root)
+    return bool(gone)
+
+
+@pytest.mark.parametrize("name", ["cpu_isolation", "modules", "sysfs", "combined"])
+def test_what_vanished_for_good_is_nothing_to_give_back(room: Path, name: str, tried: Tally) -> None:
+    row = ROWS[name]
+    count = {"prepare": 40, "release": 30}
+    cases = [(o, n) for o, most in count.items() for n in sample(most, READS, f"{name} {o} gone")]
+    tried("vanish", all_of(partial(unplugged, row, room), cases))
 
 
 def troubled(row: Row, root: Path, case: tuple[str, str, int]) -> bool:

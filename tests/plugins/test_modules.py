@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,22 @@ def test_a_device_that_is_not_back_yet_keeps_its_driver_waiting(tmp_path: Path) 
     host.ends(pid)
     assert run_hook(host, "guest", "release").status == 0
     assert host.snapshot() == before
+
+
+def test_a_device_that_its_module_found_before_its_own_undo_was_done_is_back(tmp_path: Path) -> None:
+    """It is in use at once, and would never be given back if it had to be without a driver first."""
+    host = make(tmp_path)
+    before = host.snapshot()
+    assert run_hook(host, "guest", "prepare", xml(GPU)).status == 0
+    host.fail(f"*/{GPU}/power/control", errno.EIO, on="read")
+    assert run_hook(host, "guest", "release").status == 0
+    assert "Input/output error" in host.journal("guest")
+    host.heal().modprobe("nvidia")
+    program(host)
+    assert run_hook(host, "guest", "release").status == 0
+    now = host.snapshot()
+    assert {p: now.get(p) for p in before} == before
+    assert not host.journal("guest")
 
 
 def test_a_module_that_cannot_be_loaded_again_is_kept_for_recover(tmp_path: Path) -> None:

@@ -62,6 +62,21 @@ class Host:
         except OSError:
             return default
 
+    def known(self, path: str, default: str = "") -> str:
+        """Return a file's text, or the default where there is none; OSError if it cannot be read.
+
+        For what an undo goes by: a file that is only unreadable must not pass for one that is gone.
+        """
+        try:
+            return self.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return default
+        except OSError:
+            # One that vanishes while it is open says ENODEV in sysfs, EIO in /proc.
+            if self.exists(path):
+                raise
+            return default
+
     def number(self, path: str, default: int = 0) -> int:
         """Return a file's whole number, or the default where there is none."""
         try:
@@ -159,7 +174,7 @@ class Host:
         """The CPUs that are online."""
         from virt_usher import cpulist
 
-        return cpulist.parse(self.get("/sys/devices/system/cpu/online", "0"))
+        return cpulist.parse(self.known("/sys/devices/system/cpu/online", "0"))
 
     def cpufreq_policies(self, cpus: Iterable[int]) -> list[CpufreqPolicy]:
         """Return the cpufreq policies that have one of these CPUs online, in order."""

@@ -51,7 +51,7 @@ def strangers(host: Host) -> list[str]:
 
 def populated(host: Host, name: str) -> bool:
     """Whether a top-level cgroup, or one below, has processes."""
-    return "populated 1" in host.get(f"{CGROUP}/{name}/cgroup.events").splitlines()
+    return "populated 1" in host.known(f"{CGROUP}/{name}/cgroup.events").splitlines()
 
 
 def allowed(host: Host, unit: str) -> frozenset[int]:
@@ -60,16 +60,16 @@ def allowed(host: Host, unit: str) -> frozenset[int]:
     Of a unit without a cgroup what it will get: the word of its runtime drop-in.
     """
     if host.exists(f"{CGROUP}/{unit}"):
-        return cpulist.parse(host.get(f"{CGROUP}/{unit}/cpuset.cpus"))
-    lines = [x for d in drop_ins(unit) for x in host.get(d).splitlines() if x.startswith("AllowedCPUs=")]
+        return cpulist.parse(host.known(f"{CGROUP}/{unit}/cpuset.cpus"))
+    lines = [x for d in drop_ins(unit) for x in host.known(d).splitlines() if x.startswith("AllowedCPUs=")]
     return cpulist.parse(lines[-1][len("AllowedCPUs=") :].replace(" ", ",")) if lines else frozenset()
 
 
 def effective(host: Host, unit: str = "") -> frozenset[int]:
     """Return the CPUs a unit really has; without one, or without a cpuset of its own, the machine's."""
-    text = host.get(f"{CGROUP}/{unit}/cpuset.cpus.effective") if unit else ""
-    text = text or host.get(f"{CGROUP}/cpuset.cpus.effective")
-    return cpulist.parse(text or host.get("/sys/devices/system/cpu/online", "0"))
+    text = host.known(f"{CGROUP}/{unit}/cpuset.cpus.effective") if unit else ""
+    text = text or host.known(f"{CGROUP}/cpuset.cpus.effective")
+    return cpulist.parse(text or host.known("/sys/devices/system/cpu/online", "0"))
 
 
 def drop_ins(unit: str) -> tuple[str, ...]:

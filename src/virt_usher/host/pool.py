@@ -29,7 +29,7 @@ class Pool:
     @property
     def free(self) -> int:
         """Pages that nobody has taken; some may be reserved."""
-        return self._host.number(f"{self._dir}/free_hugepages")
+        return self._count("free_hugepages")
 
     @property
     def persistent(self) -> int:
@@ -37,13 +37,13 @@ class Pool:
 
         A read of nr_hugepages counts the surplus pages too.
         """
-        surplus = self._host.number(f"{self._dir}/surplus_hugepages")
-        return self._host.number(f"{self._dir}/nr_hugepages") - surplus
+        return self._count("nr_hugepages") - self._count("surplus_hugepages")
 
     @property
     def reserved(self) -> int:
         """Pages promised to mappings that have not touched them yet; known for all nodes only."""
-        return self._host.number(f"/sys/kernel/mm/hugepages/hugepages-{self.size_kib}kB/resv_hugepages")
+        everywhere = f"/sys/kernel/mm/hugepages/hugepages-{self.size_kib}kB"
+        return int(self._host.known(f"{everywhere}/resv_hugepages", "0"))
 
     def resize(self, host: LiveHost, pages: int) -> None:
         """Ask for a number of persistent pages on this node.
@@ -51,3 +51,6 @@ class Pool:
         The kernel gives what it can and reports success all the same: read `persistent` again.
         """
         host.write(f"{self._dir}/nr_hugepages", str(pages))
+
+    def _count(self, name: str) -> int:
+        return int(self._host.known(f"{self._dir}/{name}", "0"))

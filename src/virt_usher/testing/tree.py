@@ -137,9 +137,7 @@ class Tree(LiveHost):
     def point(self, path: str) -> None:
         """Pass one place where the process may be killed."""
         self.points += 1
-        if self._kill_at < 0:
-            with open(os.path.join(self._kernel, "passed"), "a") as stream:
-                stream.write(f"{path}\n")
+        self._pass("passed", path)
         if self.points != self._kill_at:
             return
         Path(self._kernel, "killed").write_text(path)
@@ -155,6 +153,15 @@ class Tree(LiveHost):
     def passed(self) -> list[str]:
         """Return the paths of all points that were passed since `kill_at(-1)`, and forget them."""
         return self.happened("passed").splitlines()
+
+    def looked(self) -> list[str]:
+        """Return the paths of all reads since `kill_at(-1)`, and forget them."""
+        return self.happened("looked").splitlines()
+
+    def _pass(self, what: str, path: str) -> None:
+        if self._kill_at < 0:
+            with open(os.path.join(self._kernel, what), "a") as stream:
+                stream.write(f"{path}\n")
 
     def happened(self, what: str) -> str:
         """Return where a kill point ('killed') or a fault ('struck') hit since the last question, or ''."""
@@ -198,6 +205,7 @@ class Tree(LiveHost):
         if self._pending is not None:
             text = self._pending.get(path)
             return super().read(path, limit) if text is None else text.rstrip("\n")
+        self._pass("looked", path)
         self._may_fail("read", path)
         if self._mode(path) & 0o444 == 0:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), self.path(path))
@@ -366,6 +374,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if isinstance(arguments[0], str | bytes):
         real = os.fsdecode(arguments[0])
+        if event == "os.remove" and not os.path.lexists(real):
+            return  # ENOENT, whatever else is wrong
         for host in list(_watching):
             if real.startswith(f"{host.root}/") and not real.startswith(f"{host.root}/.kernel"):
                 host._touched(real)

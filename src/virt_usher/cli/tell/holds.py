@@ -22,7 +22,10 @@ def tell(host: LiveHost, step: Step, claims: list[Step]) -> Told:
     told = {k: v for k, v in step.data.items() if k in ("plugin", "what", "kind", "key", "ms")}
     told |= {"left_behind": step.data.get("cause"), "overruled_by": None, "drift": False}
     look = _LOOKS.get(step.kind)
-    return told | look(host, step, claims) if look else told
+    try:
+        return told | look(host, step, claims) if look else told
+    except OSError as error:
+        return told | {"unreadable": f"{error.filename}: {error.strerror}"}
 
 
 def _knob(host: LiveHost, step: Step, claims: list[Step]) -> Told:

@@ -20,6 +20,8 @@ def tell(host: LiveHost, journal: Journal, everything: list[Journal]) -> dict[st
     trouble = [f"{s.data.get('plugin')}: {s.data['why']}" for s in journal.steps.values() if s.failed]
     trouble += [str(r["problem"]) for r in journal.records if "problem" in r and r["problem"] not in trouble]
     trouble += [f"left behind: {h['what']}: {h['left_behind']}" for h in holds if h["left_behind"]]
+    unreadable = ((h["what"], h["unreadable"]) for h in holds if "unreadable" in h)
+    trouble += [f"cannot be looked at: {what}: {why}" for what, why in unreadable]
     trouble += [f"changed by somebody else: {h['what']}" for h in holds if h["drift"]]
     trouble += [f"pid {w['pid']} was not ready in time; it waits in {w['waits_in']}" for w in workers if w]
     if not journal.readable:
