@@ -79,6 +79,25 @@ def test_ten_megabytes_take_bounded_memory(host: FakeHost) -> None:
     assert (result.status, result.stderr) == (0, "")
 
 
+STRANGE = {
+    "10,000 levels": b"<a>" * 10_000 + b"</a>" * 10_000,
+    "unknown namespaces": b"<x:vcpu xmlns:x='urn:x'>9</x:vcpu><vcpu xmlns='urn:y'>many</vcpu>",
+    "10 MB of text": b"<description>" + b"x" * 10_000_000 + b"</description>",
+    "10 MB of metadata": b"<metadata>" + b"<a b='c'/>" * 1_000_000 + b"</metadata>",
+    "all of it twice": domain_xml(hugepages=True),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_xml_is_read_or_refused_in_bounds(host: FakeHost, what: str) -> None:
+    host.every_domain("[plugins.hugepages]\n")
+    xml = domain_xml().replace(b"</domain>", STRANGE[what] + b"</domain>")
+    result = run_hook(host, "guest", "prepare", xml, prepare=bounded)
+    assert result.status in (0, 3)
+    assert bool(result.stderr) == bool(result.status)
+    assert not result.status or "the domain's XML cannot be read" in result.stderr, result.stderr
+
+
 def test_names_are_read_as_they_are() -> None:
     for name in ("a<b>&c", "it's", 'say "x"', "-x", "ümläut", "x" * 250):
         assert Domain.from_xml(domain_xml(name)).name == name
