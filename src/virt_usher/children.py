@@ -14,17 +14,25 @@ from virt_usher.errors import UsherError, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virt_usher.host import Host
 
 _RESET_SIGNALS = (13, 25)  # SIGPIPE and SIGXFSZ: Python ignores them, and a child would inherit that
 _TAIL = 4096  # bytes of output worth keeping
 
 
-def run(host: Host, argv: list[str], deadline: float, stdin: bytes = b"") -> tuple[int, str]:
+def run(
+    host: Host,
+    argv: list[str],
+    deadline: float,
+    stdin: bytes = b"",
+    started: Callable[[int], None] | None = None,
+) -> tuple[int, str]:
     """Run a program below the host's root; return its exit status (negative: a signal) and last output.
 
     Raises OSError if it cannot be started, and UsherError naming its pid if it still runs at the deadline
-    (seconds of time.monotonic()).
+    (seconds of time.monotonic()). `started` is told the pid.
     """
     given, output = os.memfd_create("stdin"), os.memfd_create("output")
     try:
@@ -43,6 +51,8 @@ def run(host: Host, argv: list[str], deadline: float, stdin: bytes = b"") -> tup
             setsid=True,
             setsigdef=_RESET_SIGNALS,
         )
+        if started:
+            started(pid)
         waiter = os.pidfd_open(pid)
         try:
             poller = select.poll()

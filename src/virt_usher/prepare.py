@@ -141,9 +141,7 @@ def run(line: Line, journals: Journals, xml: bytes) -> None:
         errors = [*plan.problems, *_in_doubt(journal, plan)]
         if event.task == PLAN or not journal.exists:
             journal.begin(domain.uuid, host.calling_daemon(), settings.stop)
-        if any(a.needs_xml for a in plan.actions):
-            journal.keep_xml(xml)
-        errors = errors or _sign(line, journal, plan) or _act(line, journals, journal, plan)
+        errors = errors or _leave(line, journal, plan, xml) or _act(line, journals, journal, plan)
         text = refusal(event.name, errors) if errors else ""
         _finish(line, journals, journal, plan, errors)
         if not line.answer(text) and not errors:
@@ -194,13 +192,15 @@ def _in_doubt(journal: Journal, plan: Plan) -> list[UsherError]:
     return [UsherError(f"left behind earlier: {d.get('what')}: {d.get('cause')}", hint) for d in found]
 
 
-def _sign(line: Line, journal: Journal, plan: Plan) -> list[UsherError]:
-    """Leave the signs for later operations before anything is done: a full /run refuses the start here."""
+def _leave(line: Line, journal: Journal, plan: Plan, xml: bytes) -> list[UsherError]:
+    """Leave what later operations need before anything is done: a full /run refuses the start here."""
     try:
+        if any(a.needs_xml for a in plan.actions):
+            journal.keep_xml(xml)
         for later in plan.later if line.event.task == PLAN else ():
             journal.sign(later)
     except OSError as error:
-        return [UsherError(f"{error.filename}: {error.strerror}")]
+        return [UsherError(f"{error.filename or journal.path}: {error.strerror}")]
     return []
 
 

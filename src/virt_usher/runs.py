@@ -6,6 +6,7 @@ Those run even if the start was refused half-way, as libvirt would have called t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -38,6 +39,7 @@ class Scripts(Kind):
 
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
+        _wait_for_the_last(host, step)
         failed = []
         for operation in step.data["back"]:
             for script in find(host, step.data["roots"], step.domain, operation):
@@ -72,10 +74,30 @@ def _run(host: LiveHost, step: Step, script: str, operation: str, deadline: floa
         [script, step.domain, *operation.split("/"), step.journal.reason],
         deadline,
         step.journal.kept_xml(),
+        lambda pid: _remember(host, step, pid),
     )
     for line in output.splitlines():
         log.say(log.INFO, step.domain, step.journal.start_id, f"{os.path.basename(script)}: {line}")
     return status, output
+
+
+def _remember(host: LiveHost, step: Step, pid: int) -> None:
+    """Note which script runs; it does already, so a full /run is no reason to lose sight of its end."""
+    with contextlib.suppress(OSError):
+        step.log("passed", runs=[pid, host.started_at(pid)])
+
+
+def _wait_for_the_last(host: LiveHost, step: Step) -> None:
+    """Wait for a script that outlived its hook, or what it does would come after the way back.
+
+    Not in the start that has just given it up: libvirt waits for that one's answer, and calls release next.
+    """
+    pid, began = step.data.get("runs", (0, 0))
+    end = time.monotonic() + (0 if step.state == "bad" else BACK)
+    while pid and began and host.started_at(pid) == began:
+        if time.monotonic() >= end:
+            raise UsherError(f"a script still runs as pid {pid}", f"ps -fp {pid}; then: virt-usher recover")
+        time.sleep(0.05)
 
 
 KINDS["scripts"] = Scripts

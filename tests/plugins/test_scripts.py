@@ -114,6 +114,23 @@ def test_a_script_that_hangs_is_answered_for_at_the_deadline(scripted: FakeHost)
     os.kill(int(pid), 9)  # it was left to its work
 
 
+def test_the_scripts_of_the_way_back_come_after_one_that_outlived_its_start(scripted: FakeHost) -> None:
+    scripted.config("[deadlines]\nstart = 1\n")
+    late = scripted.path("/late")
+    add(
+        scripted,
+        "prepare/begin/10",
+        f"#!/bin/sh\nwhile [ ! -e {late} ]; do sleep 0.05; done\necho late >>SEEN\n",
+    )
+    add(scripted, "release/end/r")
+    assert "still runs as pid" in run_hook(scripted, "guest", "prepare").stderr
+    assert not Path(scripted.path("/seen")).exists()
+    release = start_hook(scripted, "guest", "release")
+    Path(late).touch()
+    assert release.wait(10).status == 0
+    assert [line.split(" ")[0] for line in seen(scripted)] == ["late", "r"]
+
+
 def test_a_script_that_waits_for_virsh_is_told_why(scripted: FakeHost) -> None:
     scripted.config("[deadlines]\nstart = 2\n")
     program = shutil.copy("/bin/sleep", scripted.path("/virsh"))
