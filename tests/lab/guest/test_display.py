@@ -44,7 +44,9 @@ def bochs(verb: str, *addresses: str) -> None:
         Path("/sys/bus/pci/drivers/bochs-drm", verb).write_text(address)
 
 
-@pytest.fixture(params=[(), OTHERS[:1]], ids=["alone", "beside another"])
+@pytest.fixture(
+    params=[(), pytest.param(OTHERS[:1], marks=pytest.mark.soak)], ids=["alone", "beside another"]
+)
 def console_card(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the card that can be passed have the text console; it would be on the first one."""
     bochs("unbind", *OTHERS, VGA)

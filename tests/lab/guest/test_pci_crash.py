@@ -92,7 +92,7 @@ def the_daemon_is_back() -> None:
     wait_for("the daemon", lambda: virsh("list", check=False).returncode == 0)
 
 
-@pytest.mark.parametrize("victims", ["worker", "all"])
+@pytest.mark.parametrize("victims", ["worker", pytest.param("all", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("stuck", ["prepare", "start"], indirect=True, ids=str)
 def test_a_hook_killed_in_a_start(stuck: Domain, victims: str, request: pytest.FixtureRequest) -> None:
     operation = request.node.callspec.params["stuck"]
