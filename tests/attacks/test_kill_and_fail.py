@@ -204,7 +204,7 @@ def unplugged(row: Row, root: Path, case: tuple[str, int]) -> bool:
     return bool(gone)
 
 
-@pytest.mark.parametrize("name", ["cpu_isolation", "modules", "sysfs", "combined"])
+@pytest.mark.parametrize("name", ["cpu_isolation", "modules", "pci", "sysfs", "combined"])
 def test_what_vanished_for_good_is_nothing_to_give_back(room: Path, name: str, tried: Tally) -> None:
     row = ROWS[name]
     count = {"prepare": 40, "release": 30}

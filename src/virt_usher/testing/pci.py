@@ -225,32 +225,32 @@ class PciBus(Tree):
             self._detach(address)
 
     def _bind(self, driver: str, address: str) -> None:
-        if (
-            not address
-            or not self.exists(f"{BUS}/devices/{address}/vendor")
-            or not self._matches(driver, address)
-        ):
-            raise OSError(errno.ENODEV, "no match")
-        if self.driver_of(address):
-            raise OSError(errno.EBUSY, "bound already")
-        if number := self._refuses(driver, address):
-            raise OSError(number, "probe failed")
-        with self.step():
+        with self.step():  # the device's lock: it cannot go between a check and the probe
+            if (
+                not address
+                or not self.exists(f"{BUS}/devices/{address}/vendor")
+                or not self._matches(driver, address)
+            ):
+                raise OSError(errno.ENODEV, "no match")
+            if self.driver_of(address):
+                raise OSError(errno.EBUSY, "bound already")
+            if number := self._refuses(driver, address):
+                raise OSError(number, "probe failed")
             self._attach(address, driver)
 
     def _probe(self, address: str) -> None:
         """Bind whatever driver matches; that none does, or that its probe fails, is no error."""
-        if not self.exists(f"{BUS}/devices/{address}/vendor"):
-            raise OSError(errno.ENODEV, "no such device")
-        if self.driver_of(address):
-            return
-        if self.opened(address):
-            raise OSError(errno.EINVAL, "its group is claimed")
-        for driver in self.entries(f"{BUS}/drivers"):
-            if self._matches(driver, address) and not self._refuses(driver, address):
-                with self.step():
-                    self._attach(address, driver)
+        with self.step():
+            if not self.exists(f"{BUS}/devices/{address}/vendor"):
+                raise OSError(errno.ENODEV, "no such device")
+            if self.driver_of(address):
                 return
+            if self.opened(address):
+                raise OSError(errno.EINVAL, "its group is claimed")
+            for driver in self.entries(f"{BUS}/drivers"):
+                if self._matches(driver, address) and not self._refuses(driver, address):
+                    self._attach(address, driver)
+                    return
 
     def _matches(self, driver: str, address: str) -> bool:
         """pci_match_device: an override names the only one; else the ids decide."""
