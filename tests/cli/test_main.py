@@ -109,6 +109,18 @@ def on_terminal(argv: list[str], **environment: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("verb", ["plugins", "no-such-verb"])
+def test_closed_files_are_no_trouble(pc: FakeHost, closed: str, verb: str) -> None:
+    status = 2 if verb == "no-such-verb" else 0
+    run = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *command(pc, verb)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == status
+    assert "Error" not in run.stderr.replace("Error: No such command", "")
+    assert bool(run.stdout) == (status == 0 and ">&-" not in closed.replace("2>&-", ""))
+
+
 def test_a_terminal_gets_short_lines_and_colour_a_pipe_neither(cli: Cli, pc: FakeHost) -> None:
     pc.domain("guest", "[plugins.hugepages]\n")
     hook(pc, "guest", "prepare", domain_xml(memory_kib=8 << 10, hugepages=True))

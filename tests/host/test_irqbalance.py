@@ -20,6 +20,7 @@ class Daemon:
 
     def __init__(self, path: str, settings: frozenset[int]) -> None:
         self.settings = self.banned = self.told = settings
+        self.silent = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(path)
         self._socket.listen()
@@ -31,6 +32,8 @@ class Daemon:
             line, _ = self._socket.accept()
             with line:
                 text = line.recv(1024).decode()
+                if self.silent:
+                    continue
                 if text == "setup":
                     line.sendall(f"SLEEP 10 IRQ 5 LOAD 1 DIFF 0 BANNED {_mask(self.banned)}".encode())
                 elif text == "settings cpus NULL":
@@ -96,6 +99,24 @@ def test_a_start_before_it_shows_what_it_was_told(pc4: CpuHost, daemon: Daemon) 
     assert daemon.hears({1, 2, 3}), daemon.told
     run_hook(pc4, "two", "release")
     assert daemon.hears({1}), daemon.told
+
+
+def test_one_that_does_not_answer_refuses_a_start_and_is_told_later(pc4: CpuHost, daemon: Daemon) -> None:
+    daemon.silent = True
+    refused = run_hook(pc4, "one", "prepare", domain_xml("one"))
+    assert refused.status == 3
+    assert "irqbalance does not answer" in refused.stderr
+    assert not pc4.journal("one")
+    daemon.silent = False
+    start(pc4, "one")
+    assert daemon.hears({1, 2}), daemon.told
+    daemon.silent = True
+    run_hook(pc4, "one", "release")
+    assert "irqbalance does not answer" in pc4.journal("one")
+    daemon.silent = False
+    run_hook(pc4, "one", "release")
+    assert daemon.hears({1}), daemon.told
+    assert not pc4.journal("one")
 
 
 def test_none_or_one_that_was_killed_is_no_trouble(pc4: CpuHost) -> None:

@@ -122,4 +122,11 @@ def main(
     """Run virt-usher on this machine; tests give a host and a libvirt of their own."""
     from virt_usher.host import LiveHost
 
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if None in streams:
+        # The caller closed it (`>&-`), and its number would go to the next file that is opened.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        null = os.fdopen(number, "r+")
+        sys.stdin, sys.stdout, sys.stderr = (stream or null for stream in streams)
     sys.exit(run(sys.argv[1:] if argv is None else argv, host or LiveHost("/"), uri))

@@ -5,6 +5,8 @@ Imported by release, so nothing heavy here; `socket` is imported only where irqb
 
 from __future__ import annotations
 
+import errno
+
 from virt_usher import cpulist
 from virt_usher.host import irq
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from virt_usher.host import Host, LiveHost
 
 SOCKETS = "/run/irqbalance"
+SILENT = "irqbalance does not answer (systemctl restart irqbalance)"
 # It answers between two looks at all interrupts, which take long on a busy host; and it dies of SIGPIPE if
 # who asked is gone by then (1.9.2).
 SECONDS = 30.0
@@ -26,10 +29,15 @@ def runs(host: Host) -> bool:
 def banned(host: Host) -> frozenset[int] | None:
     """Return the CPUs that irqbalance leaves out; None if none runs that can be asked.
 
-    What it is told shows here only after its next look, ten seconds later.
+    What it is told shows here only after its next look, ten seconds later. Raises OSError if it does not
+    answer: a step that was skipped for that would count as done.
     """
-    words = _talk(host, "setup", answers=True).split()
-    return irq.unmask(words[words.index("BANNED") + 1]) if "BANNED" in words[:-1] else None
+    if (answer := _talk(host, "setup", answers=True)) is None:
+        return None
+    words = answer.split()
+    if "BANNED" not in words[:-1]:
+        raise OSError(errno.EPROTO, SILENT, SOCKETS)
+    return irq.unmask(words[words.index("BANNED") + 1])
 
 
 def ban(host: LiveHost, cpus: frozenset[int] | None) -> None:
@@ -37,10 +45,10 @@ def ban(host: LiveHost, cpus: frozenset[int] | None) -> None:
     _talk(host, f"settings cpus {'NULL' if cpus is None else cpulist.show(cpus)}")
 
 
-def _talk(host: Host, text: str, answers: bool = False) -> str:
-    """Send a line to the first irqbalance that answers (sock_handle() in irqbalance.c), and return its reply.
+def _talk(host: Host, text: str, answers: bool = False) -> str | None:
+    """Send a line to the irqbalance that runs (sock_handle() in irqbalance.c), and return its reply.
 
-    It wants the credentials of root, which the kernel adds for a socket that asks for them.
+    None if none runs. It wants the credentials of root; the kernel adds them for a socket that asks for them.
     """
     for name in host.entries(SOCKETS):
         import socket
@@ -51,6 +59,8 @@ def _talk(host: Host, text: str, answers: bool = False) -> str:
                 line.connect(host.path(f"{SOCKETS}/{name}"))
                 line.sendall(text.encode())
                 return line.recv(65536).decode("ascii", "replace") if answers else ""
-        except OSError:
+        except (FileNotFoundError, ConnectionError):
             continue  # a socket that an irqbalance left behind when it was killed
-    return ""
+        except OSError as error:
+            raise OSError(error.errno or errno.ETIMEDOUT, SILENT, f"{SOCKETS}/{name}") from None
+    return None
