@@ -66,10 +66,10 @@ ATTACKS = {
 HOLDS = (
     *(
         f"{how} at {when}"
-        for how in ("hung", "killed")
+        for how in ("hung", "killed", "no python", "full disk")
         for when in ("prepare", "start", "started", "release")
     ),
-    *(f"{how} at {when}" for how in ("refused", "no python", "full disk") for when in ("prepare", "release")),
+    "refused at prepare",
 )
 
 

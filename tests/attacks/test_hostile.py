@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lxml import etree
 from tests.attacks.conftest import Tally
 from tests.attacks.table import COMBINED, PLUGINS, WholeHost, furnish
 from tests.attacks.test_kill_and_fail import SOAK
@@ -20,6 +22,7 @@ from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
 from virt_usher.host import Host
 from virt_usher.plugins import Plugins, load
+from virt_usher.prepare import make_plan
 from virt_usher.testing import domain_xml, run_hook
 from virt_usher.testing.conformance import differences
 
@@ -81,6 +84,69 @@ def test_metadata_neither_weakens_nor_commands(room: Path, plugin: str, tried: T
             assert harmless or told, f"{plugin}.{name}={value!r} was taken"
             assert plugin in [p.name for p in found.plugins], "the host switched it on"
             cases += 1
+    assert not differences(before, host.snapshot())
+    tried("hostile", cases)
+
+
+WORDS = (
+    *VALUES,
+    "2",
+    "0x10",
+    "0-7",
+    "99999999999999999999",
+    "yes",
+    "hugepages",
+    "kvm",
+    "pci",
+    "0x0000",
+    "GPU",
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A domain that needs all of the plugins, with some things in it gone, twice, elsewhere or other."""
+    tree = etree.fromstring(COMBINED.xml())
+    for _ in range(draw(st.integers(1, 4))):
+        node = draw(st.sampled_from([x for x in tree.iter() if x is not tree]))
+        parent, kind = (
+            node.getparent(),
+            draw(st.sampled_from(["gone", "twice", "moved", "text", "attribute", "less"])),
+        )
+        assert parent is not None
+        if kind == "gone":
+            parent.remove(node)
+        elif kind == "twice":
+            parent.append(deepcopy(node))
+        elif kind == "moved":
+            draw(st.sampled_from(list(tree.iter()))).append(deepcopy(node))
+        elif kind == "text":
+            node.text = draw(st.sampled_from(WORDS))
+        elif kind == "attribute":
+            names = [*node.attrib, "type", "mode", "cpuset", "unit", "nodeset"]
+            node.set(draw(st.sampled_from(names)), draw(st.sampled_from(WORDS)))
+        elif node.attrib:
+            del node.attrib[draw(st.sampled_from(list(node.attrib)))]
+    return etree.tostring(tree)
+
+
+def test_a_mutated_domain_is_planned_or_refused_in_words(room: Path, tried: Tally) -> None:
+    host = COMBINED.host(room / "host")
+    before, cases = host.snapshot(), 0
+
+    @settings(max_examples=5000 if SOAK else 300, deadline=None)
+    @given(mutated())
+    def law(xml: bytes) -> None:
+        nonlocal cases
+        cases += 1
+        with suppress(UsherError):
+            domain = Domain.from_xml(xml)
+            plan = make_plan(host, domain, config.settings(host, domain))
+            broken = [p.message for p in plan.problems if p.hint == "mend or disable the plugin"]
+            assert not broken
+            assert all(action.describe(host) for action in plan.actions)
+
+    law()
     assert not differences(before, host.snapshot())
     tried("hostile", cases)
 

@@ -17,6 +17,9 @@ KERNEL_OPTIONS = (
     "nokaslr",
     "audit=0",
     "no_timer_check",
+    # Else Linux distrusts the CPU's clock and reads the HPET: an emulated device, and a lock of the emulator,
+    # at each look at the time.
+    "tsc=reliable",
     # A hang is looked into from outside, with SysRq keys.
     "sysrq_always_enabled",
     "loglevel=4",

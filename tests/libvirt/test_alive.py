@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 
 import pytest
 from tests.attacks import tally
@@ -14,8 +14,8 @@ from tests.libvirt.pool import nr_pages
 from tests.libvirt.private import PrivateLibvirt, pool_becomes, wait_for
 from tests.libvirt.product import (
     CONFIG,
+    HUGEPAGES,
     JOURNALS,
-    broken_python,
     cli,
     enable,
     enable_stuck,
@@ -26,6 +26,23 @@ from tests.libvirt.product import (
 )
 
 DEADLINE = 4  # seconds, of a start and of a stop
+# A plugin that has something to do in each operation.
+BUSY = '''
+from dataclasses import dataclass
+from virt_usher import OneWay, hookimpl
+
+@dataclass(frozen=True, eq=False)
+class Plugin:
+    """Write something."""
+
+    @hookimpl
+    def usher_start(self, domain, host):
+        yield OneWay("/run/private/busy", "x", "a test")
+
+    @hookimpl
+    def usher_started(self, domain, host):
+        yield OneWay("/run/private/busy", "x", "a test")
+'''
 
 
 @pytest.fixture
@@ -108,39 +125,70 @@ def test_a_stop_holds_nobody_else(
     wait_for("no journal", lambda: not journal(usher, domain))
 
 
-def refused(lv: PrivateLibvirt, stack: ExitStack) -> None:
-    enable(lv, Domain("guest"), "[plugins.nonsense]\n")
+# What befalls a call of the hook, as lines of a shell in place of its Python.
+BROKEN = {
+    "no python": "kill -KILL $$",
+    "full disk": f"cat /dev/zero >{JOURNALS}/.zeroes 2>/dev/null",
+}
+# When start comes, the last page of the journal still has room for what it adds.
+REFUSED = {("no python", "prepare"), ("no python", "start"), ("full disk", "prepare")}
 
 
-def no_python(lv: PrivateLibvirt, stack: ExitStack) -> None:
-    stack.enter_context(broken_python(lv, "dies"))
+@contextmanager
+def broken(lv: PrivateLibvirt, operation: str, line: str) -> Iterator[None]:
+    """Break one operation's calls of the hook for the guest; at the end, there was one."""
+    lv.run("cp", "/usr/bin/python3", "/run/private/real-python", check=True)
+    lv.write(
+        "/run/private/python",
+        f"""#!/bin/sh
+case "$*" in *"hook.py guest {operation} "*) : >/run/private/struck; {line} ;; esac
+exec /run/private/real-python "$@"
+""",
+        0o755,
+    )
+    with lv.covered("/usr/bin/python3", "/run/private/python"):
+        yield
+    assert lv.path("/run/private/struck").exists()
+    lv.remove("/run/private/struck")
 
 
-def full_disk(lv: PrivateLibvirt, stack: ExitStack) -> None:
-    lv.run("sh", "-c", f"cat /dev/zero >{JOURNALS}/.zeroes 2>/dev/null || :", check=True)
-
-
-@pytest.mark.parametrize("operation", ["prepare", "release"])
-@pytest.mark.parametrize("how", [refused, no_python, full_disk])
-def test_what_is_broken_holds_nobody(
-    usher: PrivateLibvirt, other: Domain, how: Callable[[PrivateLibvirt, ExitStack], None], operation: str
-) -> None:
-    before = nr_pages()
-    domain = enable(usher, Domain("guest"))
+@pytest.fixture
+def small_run(usher: PrivateLibvirt) -> Iterator[None]:
+    """Journals lie on a disk that is full soon."""
     usher.run("mkdir", "-p", JOURNALS, check=True)
-    with ExitStack() as stack:
-        mount = ("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "small", JOURNALS)
-        usher.run(*mount, check=True)
-        stack.callback(usher.run, "umount", "--lazy", JOURNALS)
-        usher.define(domain)
+    mount = ("mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "small", JOURNALS)
+    usher.run(*mount, check=True)
+    yield
+    usher.run("umount", "--lazy", JOURNALS)
+
+
+@pytest.mark.usefixtures("small_run")
+@pytest.mark.parametrize("operation", ["prepare", "start", "started", "release"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_broken_holds_nobody(usher: PrivateLibvirt, other: Domain, how: str, operation: str) -> None:
+    before = nr_pages()
+    usher.write(f"{CONFIG}/plugins/busy.py", BUSY)
+    usher.write("/run/private/busy", "")
+    domain = enable(usher, Domain("guest"), f"{HUGEPAGES}[plugins.busy]\n")
+    usher.define(domain)
+    with broken(usher, operation, BROKEN[how]):
         if operation == "release":
             assert usher.virsh("start", domain.uuid).returncode == 0
-        with ExitStack() as broken:
-            how(usher, broken)
-            call = virsh(usher, "start" if operation == "prepare" else "destroy", domain)
-            what = f"{how.__name__.replace('_', ' ')} at {operation}"
-            assert held(usher, other, call, what) == (1 if operation == "prepare" else 0)
-        usher.remove(f"{JOURNALS}/.zeroes")
-        assert cli(usher, "recover").returncode == 0
-        assert not journal(usher, domain)
+        call = virsh(usher, "destroy" if operation == "release" else "start", domain)
+        refused = held(usher, other, call, f"{how} at {operation}")
+        assert bool(refused) == ((how, operation) in REFUSED)
+    usher.remove(f"{JOURNALS}/.zeroes")
+    if not refused and operation != "release":
+        assert usher.state(domain) == "running"
+        assert usher.destroy(domain).returncode == 0
+    assert cli(usher, "recover").returncode == 0
+    assert not journal(usher, domain)
+    pool_becomes(before)
+
+
+def test_a_refusal_holds_nobody(usher: PrivateLibvirt, other: Domain) -> None:
+    before = nr_pages()
+    domain = enable(usher, Domain("guest"), "[plugins.nonsense]\n")
+    usher.define(domain)
+    assert held(usher, other, virsh(usher, "start", domain), "refused at prepare") == 1
     pool_becomes(before)

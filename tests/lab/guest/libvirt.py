@@ -54,6 +54,9 @@ class Domain:
     devices: tuple[str, ...] = ()
     managed: bool = True
     extra: str = ""
+    # A profile of its own costs a start some five seconds here. The daemon has its profile in any case.
+    confined: bool = False
+    _defined: str = ""
 
     def xml(self) -> str:
         """Return the definition."""
@@ -63,12 +66,13 @@ class Domain:
         )
         pins = "".join(f"<vcpupin vcpu='{n}' cpuset='{self.pins}'/>" for n in range(self.vcpus))
         tune = f"<cputune>{pins}</cputune>" if self.pins else ""
+        label = "" if self.confined else "<seclabel type='none' model='apparmor'/>"
         hostdevs = "".join(self._hostdev(role) for role in self.devices)
         return f"""\
 <domain type='{self.kind}'><name>{self.name}</name><uuid>{uuid5(NAMESPACE_DNS, self.name)}</uuid>
 <memory unit='MiB'>{self.memory_mib}</memory><vcpu>{self.vcpus}</vcpu>
 {backing}{tune}{node}<os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
-<devices><memballoon model='none'/>{hostdevs}</devices>{self.extra}</domain>"""
+<devices><memballoon model='none'/>{hostdevs}</devices>{label}{self.extra}</domain>"""
 
     def _hostdev(self, role: str) -> str:
         managed = "yes" if self.managed else "no"
@@ -77,9 +81,11 @@ class Domain:
 
     def define(self) -> Domain:
         """Make the domain known to libvirt."""
-        file = Path(f"/tmp/{self.name}.xml")
-        file.write_text(self.xml())
-        virsh("define", str(file))
+        if self._defined != (xml := self.xml()):
+            file = Path(f"/tmp/{self.name}.xml")
+            file.write_text(xml)
+            virsh("define", str(file))
+            self._defined = xml
         return self
 
     def start(self, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -105,6 +111,7 @@ class Domain:
         """Leave nothing of it."""
         virsh("destroy", self.name, check=False)
         virsh("undefine", self.name, check=False)
+        self._defined = ""
         Path(f"/etc/virt-usher/domains/{self.name}.toml").unlink(missing_ok=True)
 
 

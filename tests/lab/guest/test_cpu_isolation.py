@@ -227,7 +227,15 @@ def test_reload_and_login_in_the_middle(pinned: Pinned) -> None:
     assert os.sched_getaffinity(pid) == {0, 1}
     pinned.stop()
     given_back(pinned)
-    wait_for("all CPUs", lambda: os.sched_getaffinity(pid) == ALL)
+
+    def free() -> bool:
+        print(
+            allowed := os.sched_getaffinity(pid),
+            *map(effective, ("user.slice", "user.slice/user-1000.slice")),
+        )
+        return allowed == ALL
+
+    wait_for("all CPUs", free)
     run("systemctl", "stop", "login")
     same(before)
 

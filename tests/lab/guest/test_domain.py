@@ -13,6 +13,7 @@ pytestmark = pytest.mark.smoke
 
 
 def test_plain_domain(domain: Domain) -> None:
+    domain.confined = True
     domain.start()
     assert domain.state == "running"
     confinement = Path(f"/proc/{domain.pid}/attr/current").read_text().strip()
@@ -26,7 +27,7 @@ def test_plain_domain(domain: Domain) -> None:
 @pytest.mark.parametrize("roles", [("nic",), ("gpu", "gpu_audio")], ids=lambda roles: roles[0])
 def test_domain_with_devices(domain: Domain, roles: tuple[str, ...]) -> None:
     addresses = [machine.device(role).address for role in roles]
-    domain.devices = roles
+    domain.devices, domain.confined = roles, True
     domain.start()
     assert {kernel.driver(address) for address in addresses} == {"vfio-pci"}
     domain.stop()

@@ -31,7 +31,7 @@ def nodes_are_readable() -> None:
 @pytest.mark.usefixtures("nodes_are_readable")
 @pytest.mark.parametrize("node", [0, 1])
 def test_pages_come_from_the_node_of_numatune(domain: Domain, node: int) -> None:
-    domain.hugepages, domain.nodeset = ANY, str(node)
+    domain.hugepages, domain.nodeset, domain.confined = ANY, str(node), True
     enable(domain, "hugepages").start()
     assert kernel.pages(node) == 32
     assert kernel.pages(1 - node) == 0
@@ -88,7 +88,7 @@ def test_more_than_the_node_has_is_refused(domain: Domain) -> None:
 @pytest.fixture
 def gigantic(domain: Domain) -> Domain:
     """A domain of one page of 1 GiB, on the node that has room for it."""
-    domain.hugepages, domain.nodeset, domain.memory_mib = GIGANTIC, "1", 1024
+    domain.hugepages, domain.nodeset, domain.memory_mib, domain.confined = GIGANTIC, "1", 1024, True
     return enable(domain, "hugepages")
 
 

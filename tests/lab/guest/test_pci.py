@@ -63,7 +63,7 @@ def refused(domain: Domain) -> str:
 @pytest.mark.parametrize("managed", [True, False], ids=["managed", "unmanaged"])
 @pytest.mark.parametrize("roles", PASSED, ids=lambda roles: roles[0])
 def test_passed(domain: Domain, roles: tuple[str, ...], managed: bool) -> None:
-    domain.devices, domain.managed = roles, managed
+    domain.devices, domain.managed, domain.confined = roles, managed, roles == ("nic",)
     start(usher.enable(domain, "pci"))
     assert {kernel.driver(address(r)) for r in roles} == {"vfio-pci"}
     assert all(f'"key":"pci-{address(r)}"' in usher.journal(domain).read_text() for r in roles)
