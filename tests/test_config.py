@@ -232,6 +232,47 @@ def test_a_link_is_followed_only_through_folders_that_nobody_else_can_write(
     assert "demo" not in options(of(etc))
 
 
+LEVELS = ("/etc", ETC, f"{ETC}/domains", f"{ETC}/domains/guest.toml")
+
+
+@pytest.mark.parametrize("loose", ["nothing", "the target", "its folder", "a link's folder on the way"])
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_link_at_any_level_is_looked_behind(etc: FakeHost, level: str, relative: bool, loose: str) -> None:
+    """Over a second link, in a folder of its own, to what lies in a third."""
+    etc.file(f"{ETC}/domains/guest.toml", "[plugins.demo]\n").file("/srv/way/.keep").file("/home/admin/.keep")
+    os.rename(etc.path(level), etc.path("/home/admin/it"))
+    first, second, it = etc.path(level), etc.path("/srv/way/link"), etc.path("/home/admin/it")
+    for link, target in ((first, second), (second, it)):
+        os.symlink(os.path.relpath(target, os.path.dirname(link)) if relative else target, link)
+    if loose == "the target":
+        os.chmod(it, os.stat(it).st_mode | 0o002)
+    elif loose != "nothing":
+        os.chmod(etc.path("/home/admin" if loose == "its folder" else "/srv/way"), 0o777)
+    assert bool(of(etc).problems) == (loose != "nothing"), of(etc).problems
+    assert ("demo" in options(of(etc))) == (loose == "nothing")
+
+
+def test_a_link_of_somebody_else_in_a_sticky_folder_is_not_followed(etc: FakeHost) -> None:
+    etc.file("/home/admin/guest.toml", "[plugins.demo]\n").file(f"{ETC}/domains/.keep").file("/tmp/.keep")
+    os.chmod(etc.path("/tmp"), 0o1777)
+    os.symlink(etc.path("/home/admin/guest.toml"), link := etc.path("/tmp/link"))
+    os.symlink(link, etc.path(f"{ETC}/domains/guest.toml"))
+    assert "demo" in options(of(etc))
+    os.lchown(link, 4711, 4711)
+    (problem,) = of(etc).problems
+    assert "/tmp/link could be written by somebody else" in problem.message
+    assert "demo" not in options(of(etc))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_link_in_a_circle_is_a_problem_and_not_a_hang(etc: FakeHost, level: str) -> None:
+    etc.file(f"{ETC}/domains/guest.toml", "[plugins.demo]\n")
+    os.rename(etc.path(level), etc.path("/gone"))
+    os.symlink(os.path.basename(level), etc.path(level))
+    assert of(etc).problems
+
+
 @pytest.mark.parametrize(
     "name",
     ["two words", "it's", "-x", "[a]*", "$(x)", "..", "a.toml", "ümläut", "x" * 246, "x" * 250, "a\udcff"],
