@@ -18,6 +18,7 @@ from virt_usher.testing.modules import ModuleHost
 NIC, GPU = "0000:01:00.0", "0000:02:00.0"
 SCRIPTS = "/etc/libvirt/hooks/qemu.d"
 SYSTEMCTL = "/usr/bin/systemctl"
+TOOLS = ("/sbin/modprobe", "/sbin/rmmod")
 KNOBS = ("/proc/sys/vm/stat_interval", "/sys/kernel/mm/transparent_hugepage/enabled")
 # What may vanish while a domain runs: a freed interrupt, an unplugged device, a value of an unloaded module.
 _MORTAL = re.compile("/sys/bus/pci/devices/([^/]+)|/proc/irq/[0-9]+(?=/)|" + "|".join(KNOBS))
@@ -40,6 +41,7 @@ states=${0%%/etc/libvirt/*}/.kernel/states
 echo %s >"$states/.new.$$" && mv "$states/.new.$$" "$states/script"
 """
 _TROUBLE = """#!/bin/sh
+real() { %s "$0.real" "$@"; }
 root=%s
 if [ -e "$root/.kernel/trouble" ]; then
     printf x >>"$root/.kernel/children"
@@ -47,13 +49,13 @@ if [ -e "$root/.kernel/trouble" ]; then
         %s
     fi
 fi
-. "$0.real"
+real "$@"
 """
 _TROUBLES = {
     "fails": "echo no luck; exit 7",
     "hangs": 'while [ -e "$root/.kernel/trouble" ]; do sleep 0.05; done',
     "kills first": "kill -KILL $PPID",
-    "kills last": '( . "$0.real" ); kill -KILL $PPID; exit',
+    "kills last": '( real "$@" ); kill -KILL $PPID; exit',
 }
 
 
@@ -94,11 +96,13 @@ class WholeHost(CgroupKernel, ModuleHost):
     def trouble(self, nth: int, how: str) -> None:
         """Let the nth program that is started fail, hang until `settle`, or kill the hook."""
         self.file("/.kernel/trouble").file("/.kernel/children")
-        for program in (SYSTEMCTL, *self._scripts()):
+        for program in (SYSTEMCTL, *TOOLS, *self._scripts()):
             real = Path(self.path(program))
             os.rename(real, f"{real}.real")
-            os.chmod(f"{real}.real", 0o644)  # or it would be one more script
-            self.file(program, _TROUBLE % (self.root, nth, _TROUBLES[how]), 0o755)
+            if program not in TOOLS:
+                os.chmod(f"{real}.real", 0o644)  # or it would be one more script
+            call = "exec" if program in TOOLS else "."
+            self.file(program, _TROUBLE % (call, self.root, nth, _TROUBLES[how]), 0o755)
 
     def settle(self) -> None:
         """Let programs do what they are for."""

@@ -239,7 +239,7 @@ def troubled(row: Row, root: Path, case: tuple[str, str, int]) -> bool:
     return hit
 
 
-@pytest.mark.parametrize("name", ["cpu_isolation", "scripts", "services", "combined"])
+@pytest.mark.parametrize("name", ["cpu_isolation", "modules", "scripts", "services", "combined"])
 def test_a_program_that_fails_hangs_or_kills_its_hook(room: Path, name: str, tried: Tally) -> None:
     cases = [
         (operation, how, nth)

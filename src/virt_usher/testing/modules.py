@@ -21,7 +21,7 @@ package = sys.modules["virt_usher.testing"] = types.ModuleType("virt_usher.testi
 package.__path__ = [{str(Path(__file__).parent)!r}]  # what its __init__ imports takes long
 from virt_usher.testing.modules import ModuleHost
 root, _, tool = sys.argv[0].rpartition("/sbin/")
-raise SystemExit(getattr(ModuleHost(root), tool)(*sys.argv[1:]))
+raise SystemExit(getattr(ModuleHost(root), tool.partition(".")[0])(*sys.argv[1:]))
 """
 
 
