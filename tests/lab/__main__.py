@@ -61,7 +61,7 @@ def missing() -> list[str]:
     return needs + (["root"] if os.geteuid() != 0 else [])
 
 
-def choose(asked: argparse.Namespace) -> boot.Options:
+def choose(asked: argparse.Namespace, done: tuple[str, ...] = ()) -> boot.Options:
     """Return what a run of one release is asked to do."""
     marks = [*(["smoke"] if asked.smoke else []), *([] if asked.soak else ["not soak"])]
     return boot.Options(
@@ -69,6 +69,7 @@ def choose(asked: argparse.Namespace) -> boot.Options:
         shell=asked.shell,
         run=asked.run or "",
         bare=asked.bare,
+        done=done,
         pytest=(
             *(["-m", " and ".join(marks)] if marks else []),
             *(["-k", asked.k] if asked.k else []),
@@ -80,9 +81,9 @@ def choose(asked: argparse.Namespace) -> boot.Options:
     )
 
 
-def run_release(release: str, asked: argparse.Namespace) -> boot.Outcome:
-    """Run one release in a folder of its own, kept only if it failed."""
-    options = choose(asked)
+def run_release(release: str, asked: argparse.Namespace, done: tuple[str, ...] = ()) -> boot.Outcome:
+    """Run one release in a folder of its own, kept only if it failed; `done` are tests to leave out."""
+    options = choose(asked, done)
     scratch = Path(tempfile.mkdtemp(prefix=f"virt-usher-lab-{release}-", dir="/var/tmp"))
     started = time.monotonic()
     outcome = boot.Outcome(problem="interrupted")
@@ -115,14 +116,21 @@ def keep(scratch: Path, release: str, logs: Path | None, failed: bool) -> None:
         shutil.rmtree(scratch)
 
 
-def untripped(release: str, run: Callable[[], boot.Outcome]) -> boot.Outcome:
-    """Run, and run again while the emulator's own fault is all that came out."""
-    outcome = run()
+def untripped(release: str, run: Callable[[tuple[str, ...]], boot.Outcome]) -> boot.Outcome:
+    """Run, and go on with a fresh machine while the emulator's own fault is all that came out."""
+    done: tuple[str, ...] = ()
+    failed: list[str] = []
+    outcome = run(done)
     for number in range(2, TRIES + 1):
-        if outcome.problem != boot.TRIPPED:
+        if outcome.problem not in boot.EMULATORS:
             break
-        print(f"{summary(release, outcome)}. ONCE MORE, try {number} of {TRIES}", flush=True)
-        outcome = run()
+        done += outcome.done
+        failed += outcome.failures
+        left = f"what is left after {len(done)} tests that passed" if done else "all of it"
+        print(f"{summary(release, outcome)}. ONCE MORE, {left}, try {number} of {TRIES}", flush=True)
+        outcome = run(done)
+        outcome.passed += len(done)
+    outcome.failures += [f"{name}: failed before the emulator gave out" for name in failed]
     return outcome
 
 
@@ -166,7 +174,7 @@ def main() -> int:
     outcomes = {}
     for release in asked.release:
         first = outcomes[release] = untripped(release, partial(run_release, release, asked))
-        if asked.again and not asked.run and not first.good and first.problem != boot.TRIPPED:
+        if asked.again and not asked.run and not first.good and first.problem not in boot.EMULATORS:
             print(f"{summary(release, first)}. Once more: {again(first) or 'all of it'}", flush=True)
             narrower = argparse.Namespace(**{**vars(asked), "k": again(first) or asked.k})
             second = untripped(release, partial(run_release, release, narrower))

@@ -252,15 +252,37 @@ def test_what_fails_twice_has_failed_and_what_passes_then_is_named() -> None:
     ("problems", "runs", "good"),
     [
         (["", "never"], 1, True),
-        ([boot.TRIPPED, boot.TRIPPED, "", "never"], 3, True),
+        ([boot.TRIPPED, boot.CRASHED, "", "never"], 3, True),
         ([boot.TRIPPED, boot.TRIPPED, boot.TRIPPED, "never"], 3, False),
         (["hung", "never"], 1, False),
     ],
 )
-def test_the_emulators_own_panic_is_tried_three_times_and_named(
+def test_the_emulators_own_fault_is_tried_three_times_and_named(
     capsys: pytest.CaptureFixture[str], problems: list[str], runs: int, good: bool
 ) -> None:
-    outcomes = [Outcome(passed=1, problem=problem) for problem in problems]
-    assert main.untripped("trixie", lambda: outcomes.pop(0)).good == good
-    assert len(problems) - len(outcomes) == runs
+    outcomes = [
+        Outcome(1, problem=problem, done=(problem,), failures=[f"{problem}!"]) for problem in problems
+    ]
+    left_out: list[tuple[str, ...]] = []
+
+    def run(done: tuple[str, ...]) -> Outcome:
+        left_out.append(done)
+        return outcomes.pop(0)
+
+    outcome = main.untripped("trixie", run)
+    assert outcome.good == good
+    assert left_out == [tuple(problems[:n]) for n in range(runs)]
+    assert outcome.passed == 1 + len(left_out[-1])
+    assert outcome.failures[1:] == [f"{p}!: failed before the emulator gave out" for p in left_out[-1]]
     assert capsys.readouterr().out.count("ONCE MORE") == runs - 1
+
+
+def test_what_passed_before_a_crash_is_known_but_for_a_reboots(tmp_path: Path) -> None:
+    (tmp_path / "tests.log").write_text(
+        "test_a.py::test_x PASSED   [ 1%]\ntest_a.py::test_y[a-b] PASSED [ 2%]\ntest_a.py::test_z FAILED\n"
+        "test_reboot.py::test_reboot_with_domains_running PASSED\ntest_a.py::test_u "
+    )
+    outcome = Outcome(up_after=1.0, problem=boot.CRASHED)
+    boot._read_results(tmp_path, outcome)
+    assert outcome.done == ("test_a.py::test_x", "test_a.py::test_y[a-b]")
+    assert outcome.failures == ["test_a.py::test_z"]

@@ -105,6 +105,7 @@ def test(parameters: dict[str, object], boot: int, log: int) -> str:
         "LAB_BOOT": str(boot),
         "LAB_CPU": str(parameters["cpu"]),
         "LAB_BARE": "1" if parameters["bare"] else "",
+        "LAB_DONE": json.dumps(parameters["done"]),
         "LC_ALL": "C.UTF-8",
         "HOME": "/root",
         "COLUMNS": "110",
