@@ -42,7 +42,7 @@ class Options:
     pytest: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
     boot_seconds: int = 480
-    silent_seconds: int = 900
+    silent_seconds: int = 480
     total_seconds: int = 2400
 
 
