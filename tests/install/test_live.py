@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,7 +147,10 @@ def daemon(house: House, body: str = "sleep 0.05") -> Iterator[Path]:
     house.run_dir.mkdir(exist_ok=True)
     shutil.copy("/bin/sh", house.root / "libvirtd")
     loop = f"trap 'echo told >>{told}' HUP; echo $$ >{house.run_dir}/libvirtd.pid; while :; do {body}; done"
+    # Under nohup SIGHUP is ignored, and a shell cannot trap what it was started with ignored.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with Popen([house.root / "libvirtd", "-c", loop], stdin=DEVNULL) as process:
+        signal.signal(signal.SIGHUP, before)
         try:
             wait_for((house.run_dir / "libvirtd.pid").exists)
             yield told
