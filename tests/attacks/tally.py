@@ -28,7 +28,10 @@ ATTACKS = {
         "A write, or the start of a program, fails with each errno in turn, once or from there on",
         "a start is refused with that reason; what a stop cannot undo is kept, and given back later",
     ),
-    "vanish": ("A file is gone when a start reads it", "refused with that reason, or not needed"),
+    "vanish": (
+        "A file is gone when a start reads it, for once or for good",
+        "refused with that reason, or not needed; what is gone is nothing to give back",
+    ),
     "unread": (
         "A file cannot be read at a stop",
         "what cannot be given back for it is kept, and given back later; nothing is forgotten",
@@ -42,7 +45,7 @@ ATTACKS = {
         "a newer one waits for its version, an older one and a lonely one are given back",
     ),
     "hostile": (
-        "Metadata sets each option of each plugin to hostile values; names have each byte there is",
+        "Metadata sets options to hostile values; names have each byte there is; a domain's XML is mutated",
         "what is not harmless is refused, nothing switched off, nothing touched; a name is data",
     ),
     "laws": (
