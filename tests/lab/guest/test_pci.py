@@ -20,6 +20,11 @@ VTCONSOLES = Path("/sys/class/vtconsole")
 KNOBS = ("driver_override", "power/control", "d3cold_allowed")
 # Alone in their group, or with all of it; each has a reset, so reset_check lets them pass.
 PASSED = [("nic",), ("nvme",), ("usb",), ("twin", "twin_second"), ("switched",)]
+# Unmanaged they all go the same way: one alone and two in a group stand for the rest.
+WAYS = [(roles, True) for roles in PASSED] + [
+    pytest.param(roles, False, marks=[] if roles[0] in ("nic", "twin") else pytest.mark.soak)
+    for roles in PASSED
+]
 
 
 def address(role: str) -> str:
@@ -60,8 +65,11 @@ def refused(domain: Domain) -> str:
     return said
 
 
-@pytest.mark.parametrize("managed", [True, False], ids=["managed", "unmanaged"])
-@pytest.mark.parametrize("roles", PASSED, ids=lambda roles: roles[0])
+@pytest.mark.parametrize(
+    ("roles", "managed"),
+    WAYS,
+    ids=lambda v: v[0] if isinstance(v, tuple) else "managed" if v else "unmanaged",
+)
 def test_passed(domain: Domain, roles: tuple[str, ...], managed: bool) -> None:
     domain.devices, domain.managed, domain.confined = roles, managed, roles == ("nic",)
     start(usher.enable(domain, "pci"))
