@@ -17,7 +17,7 @@ from types import FrameType
 from . import boot, machine, rootfs
 
 RELEASES = ("bookworm", "trixie", "forky")
-TRIES = 3
+TRIES = 6  # each goes on where the last one stopped
 TOOLS = {
     "qemu-system-x86_64": "qemu-system-x86",
     "debootstrap": "debootstrap",

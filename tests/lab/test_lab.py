@@ -253,11 +253,11 @@ def test_what_fails_twice_has_failed_and_what_passes_then_is_named() -> None:
     [
         (["", "never"], 1, True),
         ([boot.TRIPPED, boot.CRASHED, "", "never"], 3, True),
-        ([boot.TRIPPED, boot.TRIPPED, boot.TRIPPED, "never"], 3, False),
+        ([boot.TRIPPED] * main.TRIES + ["never"], main.TRIES, False),
         (["hung", "never"], 1, False),
     ],
 )
-def test_the_emulators_own_fault_is_tried_three_times_and_named(
+def test_the_emulators_own_fault_is_tried_again_and_named(
     capsys: pytest.CaptureFixture[str], problems: list[str], runs: int, good: bool
 ) -> None:
     outcomes = [
