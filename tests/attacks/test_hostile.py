@@ -134,7 +134,7 @@ def test_a_mutated_domain_is_planned_or_refused_in_words(room: Path, tried: Tall
     host = COMBINED.host(room / "host")
     before, cases = host.snapshot(), 0
 
-    @settings(max_examples=5000 if SOAK else 300, deadline=None)
+    @settings(max_examples=5000 if SOAK else 300)
     @given(mutated())
     def law(xml: bytes) -> None:
         nonlocal cases

@@ -119,18 +119,16 @@ def keep(scratch: Path, release: str, logs: Path | None, failed: bool) -> None:
 def untripped(release: str, run: Callable[[tuple[str, ...]], boot.Outcome]) -> boot.Outcome:
     """Run, and go on with a fresh machine while the emulator's own fault is all that came out."""
     done: tuple[str, ...] = ()
-    failed: list[str] = []
     outcome = run(done)
     for number in range(2, TRIES + 1):
         if outcome.problem not in boot.EMULATORS:
             break
         done += outcome.done
-        failed += outcome.failures
         left = f"what is left after {len(done)} tests that passed" if done else "all of it"
+        left += "".join(f", also {name}, which failed" for name in outcome.failures)
         print(f"{summary(release, outcome)}. ONCE MORE, {left}, try {number} of {TRIES}", flush=True)
         outcome = run(done)
         outcome.passed += len(done)
-    outcome.failures += [f"{name}: failed before the emulator gave out" for name in failed]
     return outcome
 
 

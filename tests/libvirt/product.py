@@ -104,20 +104,27 @@ def broken_python(lv: PrivateLibvirt, how: str | None) -> Iterator[None]:
 
 
 @contextmanager
+def wrapped_python(lv: PrivateLibvirt, line: str) -> Iterator[None]:
+    """Have the shell run a line before each start of /usr/bin/python3, with its arguments."""
+    lv.run("cp", "/usr/bin/python3", "/run/private/real-python", check=True)
+    wrapper = f'#!/bin/sh\n{line}\nexec /run/private/real-python "$@"\n'
+    lv.write("/run/private/python", wrapper, 0o755)
+    with lv.covered("/usr/bin/python3", "/run/private/python"):
+        yield
+
+
+@contextmanager
 def counted_python(lv: PrivateLibvirt) -> Iterator[Callable[[], int]]:
     """Count how often the hook starts /usr/bin/python3; yields what returns the count since the last call."""
     log = "/run/private/python.log"
-    lv.run("sh", "-c", "cp /usr/bin/python3 /run/private/real-python && : >" + log, check=True)
-    lv.write(
-        "/run/private/python", f'#!/bin/sh\necho "$*" >>{log}\nexec /run/private/real-python "$@"\n', 0o755
-    )
+    lv.write(log, "")
 
     def starts() -> int:
         count = sum("hook.py" in line for line in lv.lines(log))  # not recover, once per daemon
         lv.path(log).write_text("")
         return count
 
-    with lv.covered("/usr/bin/python3", "/run/private/python"):
+    with wrapped_python(lv, f'echo "$*" >>{log}'):
         yield starts
 
 

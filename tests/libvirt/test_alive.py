@@ -16,6 +16,7 @@ from tests.libvirt.product import (
     CONFIG,
     HUGEPAGES,
     JOURNALS,
+    STUCK,
     cli,
     enable,
     enable_stuck,
@@ -23,26 +24,10 @@ from tests.libvirt.product import (
     journal,
     unstick,
     wait_until_stuck,
+    wrapped_python,
 )
 
 DEADLINE = 4  # seconds, of a start and of a stop
-# A plugin that has something to do in each operation.
-BUSY = '''
-from dataclasses import dataclass
-from virt_usher import OneWay, hookimpl
-
-@dataclass(frozen=True, eq=False)
-class Plugin:
-    """Write something."""
-
-    @hookimpl
-    def usher_start(self, domain, host):
-        yield OneWay("/run/private/busy", "x", "a test")
-
-    @hookimpl
-    def usher_started(self, domain, host):
-        yield OneWay("/run/private/busy", "x", "a test")
-'''
 
 
 @pytest.fixture
@@ -137,16 +122,9 @@ REFUSED = {("no python", "prepare"), ("no python", "start"), ("full disk", "prep
 @contextmanager
 def broken(lv: PrivateLibvirt, operation: str, line: str) -> Iterator[None]:
     """Break one operation's calls of the hook for the guest; at the end, there was one."""
-    lv.run("cp", "/usr/bin/python3", "/run/private/real-python", check=True)
-    lv.write(
-        "/run/private/python",
-        f"""#!/bin/sh
-case "$*" in *"hook.py guest {operation} "*) : >/run/private/struck; {line} ;; esac
-exec /run/private/real-python "$@"
-""",
-        0o755,
-    )
-    with lv.covered("/usr/bin/python3", "/run/private/python"):
+    with wrapped_python(
+        lv, f'case "$*" in *"hook.py guest {operation} "*) : >/run/private/struck; {line} ;; esac'
+    ):
         yield
     assert lv.path("/run/private/struck").exists()
     lv.remove("/run/private/struck")
@@ -167,8 +145,11 @@ def small_run(usher: PrivateLibvirt) -> Iterator[None]:
 @pytest.mark.parametrize("how", BROKEN)
 def test_what_is_broken_holds_nobody(usher: PrivateLibvirt, other: Domain, how: str, operation: str) -> None:
     before = nr_pages()
-    usher.write(f"{CONFIG}/plugins/busy.py", BUSY)
+    # Something to do in each operation: what hangs elsewhere, with a file to write to.
     usher.write("/run/private/busy", "")
+    hook = "prepare" if operation == "release" else operation
+    busy = STUCK.replace("FIFO", "/run/private/busy").replace("HOOK", hook)
+    usher.write(f"{CONFIG}/plugins/busy.py", busy)
     domain = enable(usher, Domain("guest"), f"{HUGEPAGES}[plugins.busy]\n")
     usher.define(domain)
     with broken(usher, operation, BROKEN[how]):
