@@ -262,7 +262,7 @@ install_hooks() {
     if [ -n "$DESTDIR" ]; then
         :
     elif has_systemd; then
-        systemctl --quiet daemon-reload
+        # Which reloads systemd, too.
         systemctl --quiet enable "$PREFIX/lib/systemd/system/$unit"
     else
         sed "s|^usher=.*|usher=$PREFIX/bin/virt-usher python=$PYTHON|" "$here/data/daemon" |

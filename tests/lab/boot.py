@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import acpi, machine, qemu
+from . import acpi, emulator, machine, qemu
 from .rootfs import Image
 
 HERE = Path(__file__).parent
@@ -96,7 +96,8 @@ def run(image: Image, options: Options, scratch: Path) -> Outcome:
     console = scratch / "console.log"
     where = "mon:stdio" if options.shell else f"file:{console}"
     table = acpi.compile_table(scratch)
-    command = qemu.command(image.folder, scratch / "share", scratch, options.cpu, table, where)
+    binary = emulator.find()
+    command = qemu.command(binary, image.folder, scratch / "share", scratch, options.cpu, table, where)
     (scratch / "qemu.command").write_text(" \\\n  ".join(command) + "\n")
     started = time.monotonic()
     # snapshot=on keeps its changes in a file there.

@@ -102,6 +102,7 @@ BRIDGES: tuple[Bridge, ...] = (
     Bridge("up", "0000:0b:00.0", "rp11", "x3130-upstream"),
     Bridge("down", "0000:0c:00.0", "up", "xio3130-downstream,chassis=12,slot=12"),
     Bridge("pxb", "0000:00:1a.0", "pcie.0", "pxb-pcie,bus_nr=0x80,numa_node=1"),
+    port("rp14", 0x0E, 0x1B),
     Bridge("rp128", "0000:80:00.0", "pxb", "pcie-root-port,chassis=128,slot=128"),
 )
 
@@ -176,6 +177,11 @@ DEVICES: tuple[Device, ...] = (
     Device(
         "switched", "0000:0d:00.0", "down", "virtio-net-pci,netdev=switched", "virtio-pci",
         "flr pm bus", "flr", True, backends=(_NET.format(hub=13, name="switched"),),
+    ),
+    # A network card whose virtual functions libvirt can hand out of a network.
+    Device(
+        "pool_nic", "0000:0e:00.0", "rp14", "igb,netdev=pool", "igb", "flr pm bus", "flr", True,
+        backends=(_NET.format(hub=14, name="pool"),),
     ),
     Device(
         "far_nic", "0000:81:00.0", "rp128", "e1000e,netdev=far", "e1000e", "pm bus", "pm", True, node=1,

@@ -47,8 +47,10 @@ def pci() -> Iterator[str]:
             yield from ("-device", attached)
 
 
-def command(image: Path, share: Path, scratch: Path, cpu: str, table: Path, console: str) -> list[str]:
-    """Return the command that boots `image` with `share` mounted inside."""
+def command(
+    emulator: list[str], image: Path, share: Path, scratch: Path, cpu: str, table: Path, console: str
+) -> list[str]:
+    """Return the command with which `emulator` boots `image`, with `share` mounted inside."""
     profile = machine.CPU_PROFILES[cpu]
     nodes: list[str] = []
     for number, cpus in enumerate(machine.NODES):
@@ -59,7 +61,8 @@ def command(image: Path, share: Path, scratch: Path, cpu: str, table: Path, cons
         *("-nodefaults", "-no-user-config", "-display", "none", "-audiodev", "none,id=silence"),
         *("-machine", "q35", "-accel", "tcg,thread=multi"),
         *("-cpu", profile.model, "-smp", profile.smp, "-m", f"{machine.NODE_MIB * len(machine.NODES)}M"),
-        *("-device", "intel-iommu,intremap=on,caching-mode=on"),
+        # eim: so that Linux takes the x2APIC, see emulator.py.
+        *("-device", "intel-iommu,intremap=on,caching-mode=on,eim=on"),
         # With ACPI hotplug a bus reset of a PCIe endpoint fails for want of a link state.
         *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
         *("-acpitable", f"file={table}"),
@@ -75,7 +78,7 @@ def command(image: Path, share: Path, scratch: Path, cpu: str, table: Path, cons
     ]
     placed = [argument.replace("{scratch}", str(scratch)) for argument in pci()]
     # No orphan burns a CPU when the runner is killed.
-    return ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *fixed, *nodes, *placed]
+    return ["setpriv", "--pdeathsig", "KILL", *emulator, *fixed, *nodes, *placed]
 
 
 def _slot(address: str) -> str:

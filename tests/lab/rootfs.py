@@ -84,6 +84,11 @@ eatmydata apt-get -qq update
 eatmydata apt-get -qq -y install {" ".join(PACKAGES)} </dev/null
 apt-get clean
 rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d
+# Linux is given these anew at each boot; only libvirt's are looked at.
+find /etc/apparmor.d -maxdepth 1 -type f ! -name '*libvirt*' -delete
+# At each start libvirt asks QEMU for 350 features of the guest's CPU, one by one, which takes most of the
+# start here. This has it ask in the older way, for two words.
+echo 'capability_filters = [ "cpu-unavailable-features" ]' >>/etc/libvirt/qemu.conf
 systemctl -q enable lab.service
 # Only the tests that are about it start it.
 systemctl -q disable irqbalance.service

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab import __main__ as main
-from tests.lab import acpi, boot, initrd, machine, qemu
+from tests.lab import acpi, boot, emulator, initrd, machine, qemu
 from tests.lab.boot import Options, Outcome
 from tests.lab.rootfs import Image
 
@@ -145,7 +145,7 @@ def emulators(scratch: Path) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             line = (process / "cmdline").read_bytes()
-            if line.startswith(b"qemu") and f"{scratch}/monitor".encode() in line:
+            if emulator.NAME.encode() in line.split(b"\0")[0] and f"{scratch}/monitor".encode() in line:
                 found.append(process.name)
     return found
 
@@ -193,7 +193,7 @@ def test_runs_side_by_side_share_the_image_alone(tmp_path: Path) -> None:
     def words(run: str) -> set[str]:
         scratch = tmp_path / run
         line = qemu.command(
-            image.folder, scratch / "share", scratch, "kvm", scratch / "t", f"file:{scratch}/c"
+            ["qemu"], image.folder, scratch / "share", scratch, "kvm", scratch / "t", f"file:{scratch}/c"
         )
         return set(",".join(line).split(","))
 
@@ -204,14 +204,14 @@ def test_runs_side_by_side_share_the_image_alone(tmp_path: Path) -> None:
         f"file={image.folder}/root.ext4",
     }
     # No port, no fixed name, and nothing written into the image.
-    line = " ".join(qemu.command(image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
+    line = " ".join(qemu.command(["qemu"], image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
     assert not re.search(r"hostfwd|tcp:|-vnc|-netdev (?!hubport)", line)
     assert "root.ext4,format=raw,snapshot=on" in line
 
 
 def test_every_device_is_on_the_command_line(tmp_path: Path) -> None:
     image = Image("any", tmp_path)
-    line = " ".join(qemu.command(image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
+    line = " ".join(qemu.command(["qemu"], image.folder, tmp_path, tmp_path, "kvm", tmp_path / "t", "stdio"))
     for device in machine.DEVICES:
         assert f"{device.qemu},bus={device.bus},addr={device.address[-4:]}" in line
     assert "{" not in line
@@ -287,3 +287,19 @@ def test_what_passed_before_a_crash_is_known_but_for_a_reboots(tmp_path: Path) -
     boot._read_results(tmp_path, outcome)
     assert outcome.done == ("test_a.py::test_x", "test_a.py::test_y[a-b]")
     assert outcome.failures == ["test_a.py::test_z"]
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [
+        ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", (7, 2)),
+        ("QEMU emulator version 10.0.2", (10, 0)),
+        ("error while loading shared libraries", ()),
+    ],
+)
+def test_a_qemu_is_taken_at_its_word(tmp_path: Path, says: str, version: tuple[int, ...]) -> None:
+    script = tmp_path / "qemu"
+    script.write_text(f"#!/bin/sh\necho '{says}'\n")
+    script.chmod(0o755)
+    assert emulator.version([str(script)]) == version
+    assert emulator.version([str(tmp_path / "none")]) == ()

@@ -126,6 +126,7 @@ def keep_logs(boot: int) -> None:
     for source in map(Path, KEPT):
         if source.is_dir():
             target = OUT / f"boot-{boot}" / str(source).strip("/").replace("/", "-")
+            target.parent.mkdir(exist_ok=True)
             # Sockets and vanishing files are no reason to lose the rest.
             subprocess.run(
                 ["cp", "-rT", "--no-preserve=all", source, target], capture_output=True, check=False

@@ -97,6 +97,11 @@ class Domain:
         """Pull its plug."""
         virsh("destroy", self.name)
 
+    def wait_for_daemon(self) -> None:
+        """Wait until a libvirt that came back has the monitor: a stop before that is "not running"."""
+        monitor = ("qemu-monitor-command", self.name, "--hmp", "info status")
+        wait_for("the guest's monitor", lambda: "running" in virsh(*monitor, check=False).stdout)
+
     @property
     def state(self) -> str:
         """What libvirt says of it."""

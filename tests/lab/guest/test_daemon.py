@@ -47,7 +47,7 @@ def running(domain: Domain) -> Domain:
 def test_a_domain_lives_through_its_daemon(running: Domain, how: Callable[[], None]) -> None:
     pid = running.pid
     how()
-    wait_for("reconnected", lambda: running.state == "running")
+    running.wait_for_daemon()
     assert running.pid == pid
     assert kernel.pages(0) == 32
     assert set(kernel.governors().values()) == {"performance"}

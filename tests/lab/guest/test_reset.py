@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +15,6 @@ sys.path.insert(0, str(CHECKOUT / "src"))
 if TYPE_CHECKING:
     from virt_usher.host.reset import Verdict
 
-CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 # What VFIO must answer where the verdict is this one: (function reset, hot reset); None: either.
 ANSWERS = {
     "function": (True, None),
@@ -25,19 +22,6 @@ ANSWERS = {
     "pm": (True, False),
     "none": (False, False),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def slow_clock() -> Iterator[None]:
-    """Let all CPUs read the HPET for the time, which has them wait while one changes the memory map.
-
-    Else the emulator may send a CPU's writes to its APIC elsewhere while a bus is reset (tcg_commit, see
-    boot.py): a timer is lost, and the CPU sleeps for ever.
-    """
-    before = CLOCK.read_text()
-    CLOCK.write_text("hpet")
-    yield
-    CLOCK.write_text(before)
 
 
 def verdict(address: str, given: list[str]) -> Verdict:
