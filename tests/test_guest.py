@@ -59,6 +59,21 @@ def test_a_plugin_acts_on_the_running_guest_and_is_undone(host: FakeHost) -> Non
     assert not host.journal("guest")
 
 
+def test_a_process_that_got_the_guests_number_keeps_its_own_value(host: FakeHost) -> None:
+    host.plugin("mine", PLUGIN).domain("guest", "[plugins.mine]\n")
+    assert run_hook(host, "guest", "prepare").status == 0
+    pid = host.qemu_runs("guest", threads=NAMES)
+    knob = f"/proc/{pid}/oom_score_adj"
+    host.file(knob, "0")
+    assert run_hook(host, "guest", "started").status == 0
+    host.qemu_ends("guest")
+    host.file(f"/proc/{pid}/stat", f"{pid} (sshd) S 1 " + " ".join(["0"] * 17) + f" {pid + 1} 0")
+    host.file(knob, "-900")
+    assert run_hook(host, "guest", "release").status == 0
+    assert host.read(knob) == "-900"
+    assert not host.journal("guest")
+
+
 def test_without_a_running_guest_the_plan_says_what_is_left_out(host: FakeHost) -> None:
     plan = ask(host.plugin("mine", PLUGIN), "mine", domain_xml("guest"), operation="started")
     assert not plan.problems

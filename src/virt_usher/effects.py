@@ -49,7 +49,9 @@ class Knob(Kind):
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
         # Whoever comes later copies the true original, so that the last to go can restore it.
-        return {"old": others[0].data["old"] if others else chosen(host, fields["path"])}
+        old = others[0].data["old"] if others else chosen(host, fields["path"])
+        born = _born(host, fields["path"])
+        return {"old": old, "born": born} if born else {"old": old}
 
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
@@ -66,6 +68,8 @@ class Knob(Kind):
         if later and later[0].at < step.at:
             return ""  # the value of an earlier domain rules
         target = later[0].data["new"] if later else old
+        if _born(host, path) != step.data.get("born"):
+            return f"{path} is gone"  # and its number may be another process's
         try:
             now = chosen(host, path)
             if now == target:
@@ -82,6 +86,12 @@ class Knob(Kind):
         if later and seen:
             later[0].log("ok", **seen)  # it is the later domain's value that was just set
         return ""
+
+
+def _born(host: Host, path: str) -> int | None:
+    """Return when the process began whose file in /proc this is, None of any other file."""
+    pid = path.split("/")[2] if path.startswith("/proc/") else ""
+    return host.started_at(int(pid)) if pid.isdecimal() else None
 
 
 def chosen(host: Host, path: str) -> str:

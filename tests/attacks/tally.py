@@ -29,11 +29,11 @@ ATTACKS = {
         "a start is refused with that reason; what a stop cannot undo is kept, and given back later",
     ),
     "vanish": (
-        "A file is gone when a start reads it, for once or for good",
+        "A file is gone, or a directory unreadable, when a start reads it, for once or for good",
         "refused with that reason, or not needed; what is gone is nothing to give back",
     ),
     "unread": (
-        "A file cannot be read at a stop",
+        "A file or a directory cannot be read at a stop",
         "what cannot be given back for it is kept, and given back later; nothing is forgotten",
     ),
     "torn": (

@@ -121,12 +121,12 @@ def test_nothing_stays(room: Path, name: str, what: str, tried: Tally) -> None:
     tried(what, hits)
 
 
-def vanished(row: Row, root: Path, case: tuple[str, int]) -> bool:
+def vanished(row: Row, root: Path, case: tuple[str, str, int]) -> bool:
     """Let the nth file that a start reads be gone: it copes or says so, and all comes back."""
-    code, nth = case
+    on, code, nth = case
     host = row.host(root / "-".join(map(str, case)))
     before = host.snapshot()
-    host.fail("*", getattr(errno, code), nth, on="read")
+    host.fail("*", getattr(errno, code), nth, on=on)
     result = call(host, "guest", "prepare", row.xml())
     host.heal()
     hit = bool(result.struck)
@@ -144,18 +144,18 @@ def vanished(row: Row, root: Path, case: tuple[str, int]) -> bool:
 @pytest.mark.parametrize("name", ["cpu_isolation", "governor", "hugepages", "pci", "combined"])
 def test_a_file_that_vanishes_is_no_catastrophe(room: Path, name: str, tried: Tally) -> None:
     row, cases = ROWS[name], []
-    for code in ("ENOENT", "ENODEV"):
-        cases += [(code, n) for n in sample(60, MOST * 2, f"{name} {code}")]
+    for on, code in (("read", "ENOENT"), ("read", "ENODEV"), ("list", "EIO")):
+        cases += [(on, code, n) for n in sample(60, MOST * 2, f"{name} {code}")]
     tried("vanish", all_of(partial(vanished, row, room), cases))
 
 
-def unreadable(row: Row, root: Path, case: tuple[str, int]) -> bool:
+def unreadable(row: Row, root: Path, case: tuple[str, str, int]) -> bool:
     """Let the nth read of a stop fail: what cannot be given back for it is kept, and given back later."""
-    code, nth = case
+    on, code, nth = case
     host = row.host(root / "-".join(map(str, case)))
     before = host.snapshot()
     assert call(host, "guest", "prepare", row.xml()).status == 0
-    host.fail("*", getattr(errno, code), nth, on="read")
+    host.fail("*", getattr(errno, code), nth, on=on)
     result = call(host, "guest", "release", row.xml())
     host.heal()
     assert "Traceback" not in result.stderr, f"{case}: {result.struck}: {result.stderr}"
@@ -176,8 +176,10 @@ def test_what_cannot_be_read_at_a_stop_is_kept(room: Path, name: str, tried: Tal
     host = row.host(room / "count")
     assert call(host, "guest", "prepare", row.xml()).status == 0
     assert call(host, "guest", "release", row.xml(), -1).status == 0
-    count, most = len(host.looked()), ALL if CI and name != "combined" else READS
-    cases = [(code, n) for code in ("EIO", "ENODEV") for n in sample(count, most, f"{name} {code}")]
+    counts = {"read": len(host.looked()), "list": len(host.listed())}
+    most, cases = ALL if CI and name != "combined" else READS, []
+    for on, code in (("read", "EIO"), ("read", "ENODEV"), ("list", "EIO")):
+        cases += [(on, code, n) for n in sample(counts[on], most, f"{name} {code}")]
     tried("unread", all_of(partial(unreadable, row, room), cases))
 
 

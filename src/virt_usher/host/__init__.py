@@ -89,11 +89,18 @@ class Host:
         return os.path.exists(self.path(path))
 
     def entries(self, path: str) -> list[str]:
-        """Return a directory's names, sorted; none where there is no directory."""
+        """Return a directory's names, sorted; none where there is no directory.
+
+        OSError if it cannot be read: "nobody uses it" and "no other domain" are told by such a list.
+        """
         try:
             return sorted(os.listdir(self.path(path)))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
             return []
+        except PermissionError:
+            if os.geteuid() == 0:
+                raise
+            return []  # somebody who only looks
 
     def link(self, path: str) -> str:
         """Return the last name of what a link points to (a device's driver, its group), or ''."""
@@ -112,14 +119,11 @@ class Host:
         """Return a process's start time in clock ticks since boot, None where it is gone.
 
         With the pid it names one process for the whole boot (proc(5), field 22 of stat). A zombie
-        is gone: it holds nothing any more.
+        is gone: it holds nothing any more. OSError where nobody can tell.
         """
-        try:
-            stat = self.read(f"/proc/{pid}/stat")
-            fields = stat[stat.rindex(")") + 2 :].split()
-            return None if fields[0] in "ZX" else int(fields[19])
-        except (OSError, ValueError, IndexError):
-            return None
+        stat = self.known(f"/proc/{pid}/stat")
+        fields = stat[stat.rfind(")") + 2 :].split()
+        return None if len(fields) < 20 or fields[0] in "ZX" else int(fields[19])
 
     def waits_in(self, pid: int) -> str:
         """Return the kernel's function that a process sleeps in, '' if it runs or nobody knows."""
@@ -139,7 +143,7 @@ class Host:
         return pid
 
     def qemu(self, name: str, uuid: str) -> int | None:
-        """Return the pid of a domain's QEMU if it lives, None if not.
+        """Return the pid of a domain's QEMU if it lives, None if not; OSError where nobody can tell.
 
         libvirt's pid file may outlive the process, so its command line must carry the UUID too
         (qemuBuildCommandLine gives '-uuid' to every guest).
@@ -148,8 +152,9 @@ class Host:
         escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         escaped = escaped.replace('"', "&quot;").replace("'", "&apos;")
         for file in dict.fromkeys((escaped, name)) if uuid else ():
-            pid = self.number(f"/run/libvirt/qemu/{file}.pid")
-            if pid > 0 and self.started_at(pid) and uuid in self.get(f"/proc/{pid}/cmdline").split("\0"):
+            said = self.known(f"/run/libvirt/qemu/{file}.pid")
+            pid = int(said) if said.isdecimal() else 0
+            if pid and self.started_at(pid) and uuid in self.known(f"/proc/{pid}/cmdline").split("\0"):
                 return pid
         return None
 

@@ -98,7 +98,9 @@ class Tree(LiveHost):
     # -- faults and kill points
 
     def fail(self, glob: str, number: int, nth: int = 0, on: str = "write") -> Self:
-        """Answer the nth write (or read) of paths that match with an errno; 0 is all, -n from the nth on.
+        """Answer the nth write of paths that match with an errno; 0 is all, -n from the nth on.
+
+        `on`: 'write', 'read' or 'list', of a directory.
 
         A write is a value stored in /sys or /proc, any file below this root that is opened for
         writing, made, renamed or removed, such as the journal, and any program there that is started.
@@ -157,6 +159,10 @@ class Tree(LiveHost):
     def looked(self) -> list[str]:
         """Return the paths of all reads since `kill_at(-1)`, and forget them."""
         return self.happened("looked").splitlines()
+
+    def listed(self) -> list[str]:
+        """Return the directories whose names were read since `kill_at(-1)`, and forget them."""
+        return self.happened("listed").splitlines()
 
     def _pass(self, what: str, path: str) -> None:
         if self._kill_at < 0:
@@ -217,6 +223,12 @@ class Tree(LiveHost):
             with self.step():
                 text = super().read(path, limit)
         return text
+
+    def entries(self, path: str) -> list[str]:
+        if self._pending is None:
+            self._pass("listed", path)
+            self._may_fail("list", path)
+        return super().entries(path)
 
     def write(self, path: str, value: str) -> None:
         self._sleep(path)
