@@ -57,7 +57,7 @@ def version(command: list[str]) -> tuple[int, ...]:
 
 def unpacked(folder: Path) -> list[str]:
     """Return what runs the QEMU whose packages were unpacked into `folder`."""
-    (modules,) = [*folder.glob("usr/lib/*/qemu"), folder][:1]
+    modules = f"{folder}/usr/lib/x86_64-linux-gnu/qemu"
     firmware = [argument for part in ("qemu", "seabios") for argument in ("-L", f"{folder}/usr/share/{part}")]
     return ["env", f"QEMU_MODULE_DIR={modules}", f"{folder}/usr/bin/{NAME}", *firmware]
 
@@ -73,6 +73,7 @@ def _fetch(folder: Path) -> None:
         for option in (
             *(f"Dir::Etc::SourceList={room}/source", "Dir::Etc::SourceParts=/dev/null"),
             *(f"Dir::State::Lists={room}/lists", f"Dir::Cache={room}", "APT::Sandbox::User=root"),
+            "Acquire::Retries=3",
         ):
             apt += ["-o", option]
         for command in ([*apt, "update"], [*apt, "download", *PACKAGES]):
