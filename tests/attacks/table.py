@@ -54,7 +54,12 @@ real "$@"
 _TROUBLES = {
     "fails": "echo no luck; exit 7",
     "hangs": 'while [ -e "$root/.kernel/trouble" ]; do sleep 0.05; done',
-    "kills first": "kill -KILL $PPID",
+    # It goes on alone, and is to be seen in /proc until it ends.
+    "kills first": """trap 'rm -rf "$root/proc/$$"' EXIT
+        mkdir "$root/proc/$$"
+        printf '%s\\0' "$0" "$@" >"$root/proc/$$/cmdline"
+        echo "${0##*/}" >"$root/proc/$$/comm"
+        kill -KILL $PPID""",
     "kills last": '( real "$@" ); kill -KILL $PPID; exit',
 }
 
@@ -101,7 +106,7 @@ class WholeHost(CgroupKernel, ModuleHost):
             os.rename(real, f"{real}.real")
             if program not in TOOLS:
                 os.chmod(f"{real}.real", 0o644)  # or it would be one more script
-            call = "exec" if program in TOOLS else "."
+            call = "" if program in TOOLS else "."
             self.file(program, _TROUBLE % (call, self.root, nth, _TROUBLES[how]), 0o755)
 
     def settle(self) -> None:
