@@ -91,6 +91,7 @@ ZOO = {
     "twin": ("pm", "hot"),
     "twin_second": ("pm", "hot"),
     "switched": ("function", "function"),
+    "pool_nic": ("function", "function"),
     "far_nic": ("hot", "hot"),
 }
 RECORDED = {
