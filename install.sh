@@ -262,8 +262,8 @@ install_hooks() {
     if [ -n "$DESTDIR" ]; then
         :
     elif has_systemd; then
-        # Which reloads systemd, too.
-        systemctl --quiet enable "$PREFIX/lib/systemd/system/$unit"
+        systemctl --quiet --no-reload enable "$PREFIX/lib/systemd/system/$unit"
+        systemctl --quiet daemon-reload
     else
         sed "s|^usher=.*|usher=$PREFIX/bin/virt-usher python=$PYTHON|" "$here/data/daemon" |
             put_hook "$daemon_hook"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
 from virt_usher import Guest
+from virt_usher.cli import main
 from virt_usher.domain import Domain
 from virt_usher.testing import FakeHost, ask, domain_xml, run_hook
 
@@ -45,13 +47,19 @@ def test_a_process_of_another_guest_is_not_taken_for_it(host: FakeHost, uuid: st
     assert Guest.of(host, Domain.from_xml(domain_xml("guest", uuid=uuid))) is None
 
 
-def test_a_plugin_acts_on_the_running_guest_and_is_undone(host: FakeHost) -> None:
+def started(host: FakeHost) -> tuple[int, str]:
+    """Start a guest whose plugin writes to it; return its pid, and where that is."""
     host.plugin("mine", PLUGIN).domain("guest", "[plugins.mine]\n")
     assert run_hook(host, "guest", "prepare").status == 0
     pid = host.qemu_runs("guest", threads=NAMES)
     knob = f"/proc/{pid}/oom_score_adj"
     host.file(knob, "0")
     assert run_hook(host, "guest", "started").status == 0
+    return pid, knob
+
+
+def test_a_plugin_acts_on_the_running_guest_and_is_undone(host: FakeHost) -> None:
+    pid, knob = started(host)
     assert host.read(knob) == "-900"
     assert f"vCPU 0 is {pid + 4}" in host.journal("guest")
     host.qemu_ends("guest")
@@ -60,18 +68,36 @@ def test_a_plugin_acts_on_the_running_guest_and_is_undone(host: FakeHost) -> Non
 
 
 def test_a_process_that_got_the_guests_number_keeps_its_own_value(host: FakeHost) -> None:
-    host.plugin("mine", PLUGIN).domain("guest", "[plugins.mine]\n")
-    assert run_hook(host, "guest", "prepare").status == 0
-    pid = host.qemu_runs("guest", threads=NAMES)
-    knob = f"/proc/{pid}/oom_score_adj"
-    host.file(knob, "0")
-    assert run_hook(host, "guest", "started").status == 0
+    pid, knob = started(host)
     host.qemu_ends("guest")
     host.file(f"/proc/{pid}/stat", f"{pid} (sshd) S 1 " + " ".join(["0"] * 17) + f" {pid + 1} 0")
     host.file(knob, "-900")
     assert run_hook(host, "guest", "release").status == 0
     assert host.read(knob) == "-900"
     assert not host.journal("guest")
+
+
+def test_a_guest_of_which_nobody_can_tell_whether_it_runs_keeps_all(
+    host: FakeHost, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, knob = started(host)
+    host.fail("/run/libvirt/qemu/*.pid", errno.EIO, on="read")
+    run_hook(host, "guest", "release")
+    with pytest.raises(SystemExit):
+        main(("recover",), host)
+    said = capfd.readouterr().out
+    assert "guest: left alone" in said
+    assert "Input/output error" in said
+    host.heal()
+    assert host.read(knob) == "-900"
+    assert host.journal("guest")
+
+
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(host: FakeHost) -> None:
+    os.symlink("loop", host.path("/loop"))
+    with pytest.raises(OSError, match="symbolic links"):
+        host.entries("/loop")
+    assert host.entries("/none") == []
 
 
 def test_without_a_running_guest_the_plan_says_what_is_left_out(host: FakeHost) -> None:

@@ -68,7 +68,7 @@ class Knob(Kind):
         if later and later[0].at < step.at:
             return ""  # the value of an earlier domain rules
         target = later[0].data["new"] if later else old
-        if _born(host, path) != step.data.get("born"):
+        if "born" in step.data and _born(host, path) != step.data["born"]:
             return f"{path} is gone"  # and its number may be another process's
         try:
             now = chosen(host, path)

@@ -25,8 +25,7 @@ CHECKOUT = HERE.parents[1]
 # The emulator's fault, and rare: while Linux patches its own text (a static key, such as that of cpusets, is
 # switched), it puts a breakpoint there, and TCG with several threads may still run into it afterwards.
 TRIPPED = "the guest's kernel panicked: a CPU ran into int3 while text was patched, which is QEMU's doing"
-# The same, less rare: a CPU looks a device's memory up in a map that another one replaces, as a
-# device's reset does (tcg_commit; mended in QEMU 8.2).
+# Not seen since the lab has a newer QEMU (emulator.py).
 CRASHED = "QEMU itself crashed"
 EMULATORS = (TRIPPED, CRASHED)
 

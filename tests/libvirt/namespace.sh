@@ -40,6 +40,10 @@ security_driver = "none"
 END
 
 # A /dev without kvm: where it exists and does not work, libvirt probes QEMU anew at every start (10 s).
+# And without the host's huge pages below it: libvirt moves each mount in /dev that it finds, and cannot that.
+if mountpoint -q /dev/hugepages; then
+    umount -l /dev/hugepages
+fi
 mount -t tmpfs -o mode=755 tmpfs /dev
 mknod -m 666 /dev/null c 1 3
 mknod -m 666 /dev/zero c 1 5

@@ -53,6 +53,9 @@ def _recover(usher: base.Usher, journals: Journals, journal: Journal, boot: bool
             if journal.start_id != start_id and journal.exists:
                 raise UsherError("is starting")
             return _give_back(journals, journal)
+    except OSError as error:  # what nobody can tell of one domain holds up no other
+        base.say(f"{name}: left alone: {error.filename}: {error.strerror}", mark="warning")
+        return False
     except UsherError as error:
         base.say(f"{name}: left alone: {error.message}", mark="warning")
         if error.hint:

@@ -243,21 +243,21 @@ def test_virtual_functions(domain: Domain, second_domain: Domain) -> None:
 def network(domain: Domain) -> Iterator[str]:
     """Make a network out of a card's virtual functions; yields the first, which libvirt gives out first."""
     physical = kernel.DEVICES / address("pool_nic")
-    (physical / "sriov_numvfs").write_text("2")
     name = next((physical / "net").iterdir()).name
-    run("ip", "link", "set", name, "up")  # libvirt tells the functions' addresses by it
-    first = (physical / "virtfn0").resolve().name
-    wait_for("its driver", lambda: kernel.driver(first) == "igbvf")
     file = Path("/tmp/network.xml")
     forward = f"<forward mode='hostdev' managed='yes'><pf dev='{name}'/></forward>"
     file.write_text(f"<network><name>functions</name>{forward}</network>")
-    virsh("net-create", str(file))
+    (physical / "sriov_numvfs").write_text("2")
     try:
+        run("ip", "link", "set", name, "up")  # libvirt tells the functions' addresses by it
+        first = (physical / "virtfn0").resolve().name
+        wait_for("its driver", lambda: kernel.driver(first) == "igbvf")
+        virsh("net-create", str(file))
         yield first
     finally:
         if domain.state == "running":  # the kernel would wait for it
             domain.stop()
-        virsh("net-destroy", "functions")
+        virsh("net-destroy", "functions", check=False)
         run("ip", "link", "set", name, "down")
         (physical / "sriov_numvfs").write_text("0")
 
