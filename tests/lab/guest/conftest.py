@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab.guest.agent import MORE
-from tests.lab.guest.libvirt import Domain
+from tests.lab.guest.domains import Domain
 
 BOOT = int(os.environ["LAB_BOOT"])
 

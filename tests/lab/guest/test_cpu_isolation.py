@@ -16,8 +16,8 @@ import pytest
 from lxml import etree
 from tests.lab import machine
 from tests.lab.guest.agent import CHECKOUT
+from tests.lab.guest.domains import Domain, run, virsh, wait_for
 from tests.lab.guest.kernel import cpu_list
-from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
 from tests.lab.guest.usher import enable, given_back
 
 pytestmark = pytest.mark.product

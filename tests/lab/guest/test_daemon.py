@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
+from tests.lab.guest.domains import Domain, run, virsh, wait_for
 from tests.lab.guest.usher import enable, given_back, journal
 
 pytestmark = [pytest.mark.product, pytest.mark.usefixtures("empty_pools")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain, run
+from tests.lab.guest.domains import Domain, run
 
 pytestmark = pytest.mark.smoke
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain
+from tests.lab.guest.domains import Domain
 from tests.lab.guest.usher import enable, given_back
 
 pytestmark = pytest.mark.product

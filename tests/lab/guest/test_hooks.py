@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.guest.libvirt import HOOKS, Domain, run, wait_for
+from tests.lab.guest.domains import HOOKS, Domain, run, wait_for
 
 # libvirt looks for hooks when it starts: without virt-usher's own it would not call this one.
 pytestmark = [pytest.mark.product, pytest.mark.smoke]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from tests.lab.guest import kernel
 from tests.lab.guest.agent import CHECKOUT
-from tests.lab.guest.libvirt import HOOKS, Domain, run
+from tests.lab.guest.domains import HOOKS, Domain, run
 from tests.lab.guest.usher import CONFIG, RUN, enable, given_back, install, journal
 
 pytestmark = [pytest.mark.product, pytest.mark.usefixtures("empty_pools")]

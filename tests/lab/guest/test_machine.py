@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import run
+from tests.lab.guest.domains import run
 
 pytestmark = pytest.mark.smoke
 ROLES = [device.role for device in machine.DEVICES]

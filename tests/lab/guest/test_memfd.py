@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain, run
+from tests.lab.guest.domains import Domain, run
 
 pytestmark = pytest.mark.usefixtures("empty_pools")
 

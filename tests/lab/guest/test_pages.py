@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain, run, virsh
+from tests.lab.guest.domains import Domain, run, virsh
 from tests.lab.guest.usher import enable, given_back, journal
 
 pytestmark = [pytest.mark.product, pytest.mark.usefixtures("empty_pools")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel, usher
-from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
+from tests.lab.guest.domains import Domain, run, virsh, wait_for
 
 pytestmark = pytest.mark.product
 VTCONSOLES = Path("/sys/class/vtconsole")

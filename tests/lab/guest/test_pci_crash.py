@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel, usher, vfio
-from tests.lab.guest.libvirt import PATIENCE, Domain, run, virsh, wait_for
+from tests.lab.guest.domains import PATIENCE, Domain, run, virsh, wait_for
 from tests.lab.guest.test_pci import all_comes_back, state
 
 __all__ = ["all_comes_back"]  # the fixture: every test ends with every device as it was

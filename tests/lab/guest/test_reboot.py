@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import Domain, run, virsh, wait_for
+from tests.lab.guest.domains import Domain, run, virsh, wait_for
 from tests.lab.guest.usher import RUN, enable, given_back, journal
 
 pytestmark = pytest.mark.product

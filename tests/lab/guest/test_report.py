@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab.guest.agent import OUT
-from tests.lab.guest.libvirt import run
+from tests.lab.guest.domains import run
 
 
 @pytest.mark.smoke

@@ -9,7 +9,7 @@ import pytest
 from tests.lab import machine
 from tests.lab.guest import kernel, vfio
 from tests.lab.guest.agent import CHECKOUT
-from tests.lab.guest.libvirt import Domain, run, virsh
+from tests.lab.guest.domains import Domain, run, virsh
 
 sys.path.insert(0, str(CHECKOUT / "src"))
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.guest.libvirt import Domain, run
+from tests.lab.guest.domains import Domain, run
 from tests.lab.guest.usher import enable, given_back, journal
 
 pytestmark = pytest.mark.product

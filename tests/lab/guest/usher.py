@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.lab.guest.agent import CHECKOUT
-from tests.lab.guest.libvirt import Domain, run, wait_for
+from tests.lab.guest.domains import Domain, run, wait_for
 
 RUN = Path("/run/virt-usher")
 CONFIG = Path("/etc/virt-usher")

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 
 from tests.lab.guest import kernel
-from tests.lab.guest.libvirt import run
+from tests.lab.guest.domains import run
 
 _BASE = 0x3B64  # _IO(';', 100)
 _SET_IOMMU, _SET_CONTAINER, _GET_DEVICE_FD, _GET_INFO, _HOT_RESET = (_BASE + n for n in (2, 4, 6, 7, 13))
