@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +80,29 @@ def note(key: str, cases: int) -> None:
     assert key in ATTACKS
     assert cases > 0
     print(f"{key}: {cases} cases")
-    _keep(lambda counts: counts | {key: counts.get(key, 0) + cases})
+    _keep(key, cases)
 
 
 def measured(what: str, seconds: float, slowest: float) -> None:
     """Note how long a call took libvirt, and the slowest answer about another domain meanwhile."""
     assert what in HOLDS
     print(f"{what}: {seconds:.1f} s, {slowest:.1f} s")
-    _keep(lambda counts: counts | {what: [round(seconds, 1), round(slowest, 1)]})
+    _keep(what, [round(seconds, 1), round(slowest, 1)])
 
 
-def _keep(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _keep(what: str, figures: int | list[float]) -> None:
+    """Add a line to the tally; several processes may do so at once."""
     if path := os.environ.get("VIRT_USHER_TALLY"):
-        counts = json.loads(Path(path).read_text()) if os.path.exists(path) else {}
-        Path(path).write_text(json.dumps(change(counts)))
+        with open(path, "a") as tally:
+            tally.write(json.dumps([what, figures]) + "\n")
+
+
+def counted(lines: str) -> dict[str, Any]:
+    """Sum up a tally."""
+    counts: dict[str, Any] = {}
+    for what, figures in map(json.loads, lines.splitlines()):
+        counts[what] = counts.get(what, 0) + figures if what in ATTACKS else figures
+    return counts
 
 
 def table(counts: dict[str, Any]) -> str:
@@ -117,7 +125,7 @@ def table(counts: dict[str, Any]) -> str:
 def main(path: str) -> None:
     """Put the counts of a file into the page."""
     head, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}{table(json.loads(Path(path).read_text()))}{END}{rest.split(END)[1]}")
+    PAGE.write_text(f"{head}{BEGIN}{table(counted(Path(path).read_text()))}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,13 +60,14 @@ def _mask(cpus: frozenset[int]) -> str:
 
 
 @pytest.fixture
-def pc4(tmp_path: Path) -> CpuHost:
-    """Four cores, and two domains."""
-    host = CpuHost(tmp_path / "host").cores([0], [1], [2], [3]).irq(1, "0-3").systemd()
-    for name, cpus in (("one", "2"), ("two", "3")):
-        host.domain(name, f'[plugins.cpu_isolation]\ncpus = "{cpus}"\n')
-    Path(host.path(irqbalance.SOCKETS)).mkdir(parents=True)
-    return host
+def pc4() -> Iterator[CpuHost]:
+    """Four cores, and two domains, in a short path: a socket's has 108 bytes at most."""
+    with tempfile.TemporaryDirectory() as root:
+        host = CpuHost(Path(root)).cores([0], [1], [2], [3]).irq(1, "0-3").systemd()
+        for name, cpus in (("one", "2"), ("two", "3")):
+            host.domain(name, f'[plugins.cpu_isolation]\ncpus = "{cpus}"\n')
+        Path(host.path(irqbalance.SOCKETS)).mkdir(parents=True)
+        yield host
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def test_what_is_no_display_has_no_console(tmp_path: Path) -> None:
 
 def test_nothing_stays_after_a_kill_or_an_error_at_any_write(tmp_path: Path) -> None:
     number = iter(range(10000))
-    cases = check_nothing_stays(lambda: alone(tmp_path / str(next(number))), "guest", xml(GPU), stride=2)
-    assert all(count > 4 for count in cases.values())
+    cases = check_nothing_stays(lambda: alone(tmp_path / str(next(number))), "guest", xml(GPU), stride=6)
+    assert all(count > 1 for count in cases.values())
 
 
 # -- what the check of the plugin pci makes of it

@@ -148,7 +148,7 @@ def test_nothing_stays_after_a_kill_or_an_error_at_any_write(tmp_path: Path) -> 
     def small() -> ModuleHost:
         return make(tmp_path / str(next(number)), unload=("nvidia_drm",))
 
-    cases = check_nothing_stays(small, "guest", xml(GPU), stride=4)
+    cases = check_nothing_stays(small, "guest", xml(GPU), stride=8)
     assert all(count > 1 for count in cases.values())
 
 

@@ -111,6 +111,8 @@ def start_hook(
         if pid == 0:
             for source, fd in ((stdin.fileno(), 0), (stdout_in, 1), (stderr_in, 2)):
                 os.dup2(source, fd)
+            # A test runner's stand-ins write somewhere else, into what is closed below.
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
             arguments = [name, operation, _SUB_OPERATIONS.get(operation, "begin"), extra]
             _be_the_hook(host, arguments, kill_at, kill, prepare)
     os.close(stdout_in)
