@@ -109,6 +109,11 @@ def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[
         for other in map(first.pci.device, first.pci.group(group)):
             if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
                 continue
+            if other.address == first.address and not first.is_bridge:
+                # Out of a pool: libvirt has taken it by now, unless its driver was just being loaded.
+                what = f"libvirt has left {first.address} with {first.driver}"
+                yield Problem(what, f"virsh start {typed(domain.name)}")
+                continue
             hint = f"virt-usher enable {typed(domain.name)} pci group=true"
             if other.class_code[:2] == "06":
                 hint = "it belongs to the host's chipset: give the domain another device"

@@ -381,6 +381,21 @@ def test_a_driver_that_udev_is_about_to_load_is_waited_for(tmp_path: Path) -> No
     assert host.driver_of(NIC) == "e1000e"
 
 
+def test_a_driver_that_is_just_being_loaded_is_waited_for(tmp_path: Path) -> None:
+    """It has no `unbind` yet, and libvirt would leave the device with it."""
+    host = make(tmp_path, "e1000e")
+    unbind = Path(host.path(f"{BUS}/drivers/e1000e/unbind"))
+    unbind.unlink()
+    late = threading.Timer(0.3, host.driver, ("e1000e", [ID]))
+    late.start()
+    journals = held(PciHost(tmp_path))
+    journals.do(journals.of("guest"), "pci", "x", BindDriver(NIC, "vfio-pci").record())
+    assert host.driver_of(NIC) == "vfio-pci"
+    late.join()
+    assert not journals.roll_back(journals.of("guest"))
+    assert host.driver_of(NIC) == "e1000e"
+
+
 # -- the fake bus answers as the kernel does (drivers/base/bus.c, pci-driver.c, vfio)
 
 

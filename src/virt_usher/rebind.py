@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BUS = "/sys/bus/pci"
 UNSET = "(null)"  # what an empty driver_override reads as (driver_override_show); never to be written back
 NOBODY = "none"  # an override that no driver has: keeps them all away
-UDEV_SECONDS = 10.0  # how long a driverless device may wait for udev, which is busy
+UDEV_SECONDS = 10.0  # how long a device may wait for udev, which is busy, and for its driver
 UNDO_SECONDS = 30.0  # how long an undo waits for modprobe
 
 _WHY = {
@@ -46,7 +46,7 @@ class Driver(Kind):
             raise UsherError(f"{device.address} is held by {_whose(host, others[0])}", "virt-usher status")
         if not device.exists:
             raise UsherError(f"{device.address} is not there", f"lspci -s {device.address}")
-        device.wait_for_udev()
+        device.wait_for_its_driver()
         return {
             "id": device.id,
             "driver": device.driver,
@@ -238,13 +238,16 @@ class Device:
         code = errno.errorcode.get(error.errno or 0, str(error.errno))
         return UsherError(f"{self.address} {what}: {error.strerror} ({code})", hint)
 
-    def wait_for_udev(self) -> None:
-        """Wait while udev may still be about to load the device's driver, as at boot.
+    def wait_for_its_driver(self) -> None:
+        """Wait while the device's driver may still be about to be loaded, as at boot, or is just being.
 
-        The queue file is there as long as udevd has events to handle.
+        udev's queue file is there as long as it has events to handle. A driver has no `unbind` until it has
+        seen all devices that were there when it was loaded (bus_add_driver()).
         """
-        end = time.monotonic() + UDEV_SECONDS
-        while not self.driver and self.host.exists("/run/udev/queue") and time.monotonic() < end:
+        end, exists = time.monotonic() + UDEV_SECONDS, self.host.exists
+        while not exists(f"{self.dir}/driver/unbind") and (self.driver or exists("/run/udev/queue")):
+            if time.monotonic() > end:
+                return
             time.sleep(0.05)
 
 

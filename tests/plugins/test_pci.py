@@ -382,6 +382,16 @@ def test_one_out_of_a_pool_whose_group_stays_is_refused_at_start(pc: PciHost) ->
     assert "shares IOMMU group 7 with 0000:07:00.0, which stays with ixgbe" in result.stderr
 
 
+def test_one_out_of_a_pool_that_libvirt_left_where_it_was_is_refused_at_start(pc: PciHost) -> None:
+    """libvirt leaves a device with a driver that is just being loaded, since it has no `unbind` yet."""
+    assert run_hook(pc, "guest", "prepare", domain_xml()).status == 0
+    pc.device("0000:07:00.1", "8086:10ed", "ixgbevf")
+    late = f"<devices><interface type='hostdev' managed='yes'>{source('0000:07:00.1')}</interface></devices>"
+    result = run_hook(pc, "guest", "start", domain_xml(body=late))
+    assert result.status == 3
+    assert "libvirt has left 0000:07:00.1 with ixgbevf\n      virsh start guest" in result.stderr
+
+
 # -- what the plan ends before it takes a device
 
 

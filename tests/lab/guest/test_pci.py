@@ -251,7 +251,8 @@ def network(domain: Domain) -> Iterator[str]:
     try:
         run("ip", "link", "set", name, "up")  # libvirt tells the functions' addresses by it
         first = (physical / "virtfn0").resolve().name
-        wait_for("its driver", lambda: kernel.driver(first) == "igbvf")
+        # Not just the driver's link: from one that is being loaded libvirt takes no device, silently.
+        wait_for("its driver", (kernel.DEVICES / first / "driver/unbind").exists)
         virsh("net-create", str(file))
         yield first
     finally:
