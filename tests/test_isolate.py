@@ -165,6 +165,20 @@ def test_any_sequence_of_starts_stops_crashes_and_recovers(
         assert not left
 
 
+def test_nobody_is_confined_any_more_when_systemd_switches_the_controller_off(tmp_path: Path) -> None:
+    host = CpuHost(tmp_path).cores([0], [1], [2], [3]).systemd()
+    before = host.snapshot()
+    for by_hand in (False, True):
+        start(host, "one", "2-3")
+        assert host.read(f"{cgroup.CGROUP}/user.slice/cpuset.cpus") == "0-1"
+        if by_hand:  # or by a release that was killed then: systemd is to be told all the same
+            host.write(f"{cgroup.CGROUP}/user.slice/cpuset.cpus", "0-3")
+        stop(host, "one")
+        assert not host.exists(f"{cgroup.CGROUP}/user.slice/cpuset.cpus")
+        assert host.property("user.slice") == ""
+        assert not [x for x in differences(before, host.snapshot()).splitlines() if "/etc/" not in x]
+
+
 def test_the_first_records_and_the_last_restores(new_cpu_host: Callable[[], CpuHost]) -> None:
     host = new_cpu_host()
     for names in (("one", "two", "three"), ("three", "two", "one"), ("two", "three", "one")):

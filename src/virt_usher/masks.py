@@ -6,6 +6,7 @@ Which mask shall become what is decided in `isolate`. All values are sets of CPU
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -161,7 +162,7 @@ class Units(Masks):
     @classmethod
     def look(cls, host: Host) -> dict[str, Cpus]:
         every = every_cpu(host)
-        allowed = {unit: cgroup.allowed(host, unit) for unit in cgroup.units(host)}
+        allowed = {unit: cgroup.allowed(host, unit, every) for unit in cgroup.units(host)}
         return {unit: cpus if cpus and not cpus >= every else every for unit, cpus in allowed.items()}
 
     @classmethod
@@ -184,8 +185,11 @@ class Units(Masks):
 
     @classmethod
     def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
+        every = every_cpu(host)
+        for unit in (u for u, cpus in moves.items() if cpus == every):
+            _open_up(host, unit, every)
         for unit, cpus in moves.items():
-            back = cpus == (cpulist.parse(was[unit][0]) or every_cpu(host))
+            back = cpus == (cpulist.parse(was[unit][0]) or every)
             text = was[unit][0] if back else cpulist.show(cpus)
             _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
         for unit, cpus in moves.items():
@@ -208,21 +212,30 @@ class Units(Masks):
         return name
 
 
-def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
-    """Wait until the kernel has what systemd was told: it answers first, and writes later.
+def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
+    """Give a unit's processes every CPU, past systemd, which is told of it next or knows it already.
 
     A cpuset with processes cannot be emptied (ENOSPC, validate_change() in the kernel), so of an empty
     AllowedCPUs= systemd can only tell its log, unless no other unit needs the controller and it is
-    switched off. The full list has the same effect, and is written past systemd, which has no wish of its
-    own by then.
+    switched off. Then all processes move to the root's cpuset at once, and Linux looks at the first of them
+    only (cpuset_attach(); seen on 6.12 and 7.2, not on 6.1): if that one had every CPU already, all others
+    keep the CPUs that they had, for ever. So none may be confined by then.
     """
+    if cgroup.own(host, unit) not in (every, frozenset()):
+        try:
+            host.write(f"{cgroup.CGROUP}/{unit}/cpuset.cpus", cpulist.show(every))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # it was switched off just now
+                raise
+
+
+def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
+    """Wait until the kernel has what systemd was told: it answers first, and writes later."""
     base, every, pause = f"{cgroup.CGROUP}/{unit}", every_cpu(host), 0.002
     deadline = min(deadline, time.monotonic() + ARRIVAL)
     while host.exists(base):
-        if cpus == every and cgroup.allowed(host, unit) not in (every, frozenset()):
-            # ENOENT or ENODEV: it was switched off just now. Anything else shows below.
-            with contextlib.suppress(OSError):
-                host.write(f"{base}/cpuset.cpus", cpulist.show(every))
+        if cpus == every:
+            _open_up(host, unit, every)
         has, wanted = cgroup.effective(host, unit), cpus & cgroup.effective(host)
         if has == wanted:
             return

@@ -54,13 +54,19 @@ def populated(host: Host, name: str) -> bool:
     return "populated 1" in host.known(f"{CGROUP}/{name}/cgroup.events").splitlines()
 
 
-def allowed(host: Host, unit: str) -> frozenset[int]:
-    """Return the CPUs a unit was confined to; empty where it is not confined.
+def own(host: Host, unit: str) -> frozenset[int]:
+    """Return a unit's cpuset; empty where it has none, or no CPUs of its own in it."""
+    return cpulist.parse(host.known(f"{CGROUP}/{unit}/cpuset.cpus"))
 
-    Of a unit without a cgroup what it will get: the word of its runtime drop-in.
+
+def allowed(host: Host, unit: str, every: frozenset[int]) -> frozenset[int]:
+    """Return the CPUs a unit is confined to; empty where it is not confined.
+
+    Of a unit without a cgroup, or with every CPU, what it will get: the word of its runtime drop-in.
     """
-    if host.exists(f"{CGROUP}/{unit}"):
-        return cpulist.parse(host.known(f"{CGROUP}/{unit}/cpuset.cpus"))
+    cpus = own(host, unit)
+    if cpus and not cpus >= every:
+        return cpus
     lines = [x for d in drop_ins(unit) for x in host.known(d).splitlines() if x.startswith("AllowedCPUs=")]
     return cpulist.parse(lines[-1][len("AllowedCPUs=") :].replace(" ", ",")) if lines else frozenset()
 

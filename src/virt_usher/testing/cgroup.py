@@ -3,7 +3,8 @@
     host = CpuHost(tmp_path).cores([0, 1], [2, 3]).systemd().irq(24, "0-3").workqueues()
 
 systemd switches the cpuset controller off when no unit needs it any more. A guest does (libvirt's scopes are
-delegated all controllers): as long as there is one, a cpuset cannot be emptied.
+delegated all controllers): as long as there is one, a cpuset cannot be emptied. Processes of a unit that is
+still confined when the controller goes may keep what they had (cpuset_attach() in Linux): cpuset.stuck.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ realize() {
     for other in "$units"/*; do
         read -r value <"$other" || :
         [ -z "$value" ] || return 0
+    done
+    read -r every <"$root/sys/devices/system/cpu/possible"
+    for other in "$cgroups"/*/; do
+        value=
+        [ ! -e "${other}cpuset.cpus" ] || read -r value <"${other}cpuset.cpus" || :
+        [ -z "$value" ] || [ "$value" = "$every" ] || echo "$value" >"${other}cpuset.stuck"
     done
     rm -f "$cgroups"/*/cpuset.cpus "$cgroups"/*/cpuset.cpus.effective
 }
