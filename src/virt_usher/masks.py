@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Originals = dict[str, list[Any]]
 
 ARRIVAL = 15.0  # seconds from systemd's answer to the kernel's: it has more to do when many units start
+SWITCH_OFF = 1.0  # how long systemd may take to switch a controller off
 
 
 def every_cpu(host: Host) -> Cpus:
@@ -186,14 +187,16 @@ class Units(Masks):
     @classmethod
     def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
         every = every_cpu(host)
-        for unit in (u for u, cpus in moves.items() if cpus == every):
+        complete = cpulist.parse(host.known("/sys/devices/system/cpu/present")) <= cgroup.effective(host)
+        for unit in (u for u, cpus in moves.items() if complete and cpus == every):
             _open_up(host, unit, every)
         for unit, cpus in moves.items():
             back = cpus == (cpulist.parse(was[unit][0]) or every)
             text = was[unit][0] if back else cpulist.show(cpus)
             _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
-        for unit, cpus in moves.items():
-            _arrive(host, unit, cpus, deadline)
+        soon = time.monotonic() + (0 if complete else SWITCH_OFF)
+        for unit in sorted(moves, key=lambda unit: unit == "init.scope"):
+            _arrive(host, unit, moves[unit], soon, deadline)
         return {}
 
     @classmethod
@@ -220,6 +223,10 @@ def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
     switched off. Then all processes move to the root's cpuset at once, and Linux looks at the first of them
     only (cpuset_attach(); seen on 6.12 and 7.2, not on 6.1): if that one had every CPU already, all others
     keep the CPUs that they had, for ever. So none may be confined by then.
+
+    Unless a CPU is offline: a process in the root's cpuset is not told when it comes back, and only with that
+    move it is given all that may ever come. Then systemd gets the time to switch off first; and init.scope,
+    whose processes are the first, is opened last.
     """
     if cgroup.own(host, unit) not in (every, frozenset()):
         try:
@@ -229,12 +236,15 @@ def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
                 raise
 
 
-def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
-    """Wait until the kernel has what systemd was told: it answers first, and writes later."""
+def _arrive(host: LiveHost, unit: str, cpus: Cpus, soon: float, deadline: float) -> None:
+    """Wait until the kernel has what systemd was told: it answers first, and writes later.
+
+    What systemd cannot write we do, but not before `soon`.
+    """
     base, every, pause = f"{cgroup.CGROUP}/{unit}", every_cpu(host), 0.002
     deadline = min(deadline, time.monotonic() + ARRIVAL)
     while host.exists(base):
-        if cpus == every:
+        if cpus == every and time.monotonic() >= soon:
             _open_up(host, unit, every)
         has, wanted = cgroup.effective(host, unit), cpus & cgroup.effective(host)
         if has == wanted:
