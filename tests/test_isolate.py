@@ -173,7 +173,7 @@ def test_nobody_is_confined_any_more_when_systemd_switches_the_controller_off(tm
         start(host, "one", "2-3")
         assert host.read(f"{cgroup.CGROUP}/user.slice/cpuset.cpus.effective") == "0-1"
         if by_hand:  # or by a release that was killed then: systemd is to be told all the same
-            host.write(f"{cgroup.CGROUP}/user.slice/cpuset.cpus", "0-3")
+            host.write(f"{cgroup.CGROUP}/user.slice/cpuset.cpus", "0-7")
         stop(host, "one")
         assert not host.exists(f"{cgroup.CGROUP}/user.slice/cpuset.cpus")
         assert host.property("user.slice") == ""

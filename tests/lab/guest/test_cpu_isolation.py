@@ -100,7 +100,7 @@ def same(before: dict[str, object]) -> None:
             now = {p: v for p, v in now.items() if p in was}
             was = {p: v for p, v in was.items() if p in now}
         assert now == was, what
-    assert not kept_off()
+    assert not kept_off(), kept_off()
 
 
 def kept_off() -> set[str]:
@@ -362,7 +362,17 @@ def test_cpus_that_go_and_come_back_meanwhile(pinned: Pinned) -> None:
     irqs = before["irqs"]
     assert isinstance(irqs, dict)
     before["irqs"] = {p: v for p, v in irqs.items() if cpu_list(v) not in ({1}, {3})}
+    if kept_off() and cpusets_can_be_emptied():
+        # Each process was left without CPU 3 before that came back, and nobody tells it. What is next does.
+        pinned.start()
+        pinned.stop()
+        given_back(pinned)
     same(before)
+
+
+def cpusets_can_be_emptied() -> bool:
+    """Whether this kernel lets the cpuset of processes be emptied; seen on 7.2, not up to 6.12."""
+    return int(os.uname().release.partition(".")[0]) >= 7
 
 
 def irqbalance(pid: int, line: str, answers: bool = True) -> str:
