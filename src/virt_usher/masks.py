@@ -6,7 +6,6 @@ Which mask shall become what is decided in `isolate`. All values are sets of CPU
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 
@@ -228,11 +227,12 @@ def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
     move it is given all that may ever come. Then systemd gets the time to switch off first; and init.scope,
     whose processes are the first, is opened last.
     """
+    path = f"{cgroup.CGROUP}/{unit}/cpuset.cpus"
     if cgroup.own(host, unit) not in (every, frozenset()):
         try:
-            host.write(f"{cgroup.CGROUP}/{unit}/cpuset.cpus", cpulist.show(every))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # it was switched off just now
+            host.write(path, cpulist.show(every))
+        except OSError:
+            if host.exists(path):  # else it was switched off just now
                 raise
 
 
