@@ -74,7 +74,7 @@ class Plugin:
         isolated = cpus.union(*others.values())
         confined = set(cgroup.units(host)) - _with_guests(domain, host) if cpus and self.units else set()
         for unit in sorted(confined):
-            allowed = cgroup.allowed(host, unit, every_cpu(host)) or every_cpu(host)
+            allowed = cgroup.allowed(host, unit, every_cpu(host))
             if not (allowed - isolated) & topology.online:
                 hint = f"systemctl set-property {unit} AllowedCPUs={show(topology.online - isolated)}"
                 yield Problem(f"{unit} may use CPU {show(allowed)} only, and all would be isolated", hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, ending, hookimpl, option, rebind
@@ -79,7 +79,9 @@ class Plugin:
             for found in vfio.obstacles(host, device, bind.driver, quirks):
                 yield ending.problem(domain, device, found.problem, found.what, found.hint)
             yield from ending.problems(domain, host, plan, bind, bind.users)
-        yield from _groups(domain, [*given, *(host.pci.device(a) for a in binds)], set(binds))
+        yield from _left(domain, host, binds.keys())
+        taken = dict.fromkeys([*(d.address for d in given), *binds])
+        yield from _groups(domain, [host.pci.device(a) for a in taken], taken)
 
     def _unexpected(self, devices: list[Device], domain: Domain) -> Iterator[Problem]:
         """Compare what is there with what an admin said must be: addresses change with the slots in use."""
@@ -103,16 +105,22 @@ def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem
             yield Problem(f"{device.address} is a bridge, which no domain can have", edit)
 
 
-def _groups(domain: Domain, devices: list[Device], taken: set[str]) -> Iterator[Problem]:
+def _left(domain: Domain, host: Host, taken: Collection[str]) -> Iterator[Problem]:
+    """Name what came out of a network's pool, and libvirt should have taken from its driver by `start`.
+
+    It does not, and says nothing, while that driver is just being loaded (see rebind).
+    """
+    for device in (host.pci.device(d.address) for d in domain.pci_devices if d.managed):
+        if device.driver and not (device.address in taken or device.on_vfio or device.is_bridge):
+            what = f"libvirt has left {device.address} with {device.driver}"
+            yield Problem(what, f"virsh start {typed(domain.name)}")
+
+
+def _groups(domain: Domain, devices: list[Device], taken: Collection[str]) -> Iterator[Problem]:
     """Name what keeps an IOMMU group from being handed over: drivers that use DMA for the host."""
     for group, first in {d.group: d for d in reversed(devices) if d.exists and d.group}.items():
         for other in map(first.pci.device, first.pci.group(group)):
             if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
-                continue
-            if other.address == first.address and not first.is_bridge:
-                # Out of a pool: libvirt has taken it by now, unless its driver was just being loaded.
-                what = f"libvirt has left {first.address} with {first.driver}"
-                yield Problem(what, f"virsh start {typed(domain.name)}")
                 continue
             hint = f"virt-usher enable {typed(domain.name)} pci group=true"
             if other.class_code[:2] == "06":

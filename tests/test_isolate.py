@@ -180,6 +180,22 @@ def test_nobody_is_confined_any_more_when_systemd_switches_the_controller_off(tm
         assert not [x for x in differences(before, host.snapshot()).splitlines() if "/etc/" not in x]
 
 
+def test_as_long_as_a_cpu_is_offline_the_units_keep_their_cpusets_to_get_it_back(tmp_path: Path) -> None:
+    host = CpuHost(tmp_path).cores([0], [1], [2], [3]).systemd()
+    before = host.snapshot()
+    start(host, "one", "2")
+    host.set_online(3, False)
+    stop(host, "one")
+    host.set_online(3, True)
+    assert host.read(f"{cgroup.CGROUP}/user.slice/cpuset.cpus") == "0-3"
+    host.systemctl("daemon-reload")
+    assert host.read(f"{cgroup.CGROUP}/user.slice/cpuset.cpus.effective") == "0-3"
+    start(host, "one", "2")
+    stop(host, "one")  # the next one leaves nothing
+    assert host.property("user.slice") == ""
+    assert not [x for x in differences(before, host.snapshot()).splitlines() if "/etc/" not in x]
+
+
 def test_the_first_records_and_the_last_restores(new_cpu_host: Callable[[], CpuHost]) -> None:
     host = new_cpu_host()
     for names in (("one", "two", "three"), ("three", "two", "one"), ("two", "three", "one")):

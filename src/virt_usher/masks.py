@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Originals = dict[str, list[Any]]
 
 ARRIVAL = 15.0  # seconds from systemd's answer to the kernel's: it has more to do when many units start
-SWITCH_OFF = 1.0  # how long systemd may take to switch a controller off
 
 
 def every_cpu(host: Host) -> Cpus:
@@ -162,8 +161,7 @@ class Units(Masks):
     @classmethod
     def look(cls, host: Host) -> dict[str, Cpus]:
         every = every_cpu(host)
-        allowed = {unit: cgroup.allowed(host, unit, every) for unit in cgroup.units(host)}
-        return {unit: cpus if cpus and not cpus >= every else every for unit, cpus in allowed.items()}
+        return {unit: cgroup.allowed(host, unit, every) for unit in cgroup.units(host)}
 
     @classmethod
     def settle(cls, host: LiveHost, deadline: float) -> None:
@@ -178,7 +176,10 @@ class Units(Masks):
         for block in shown.split("\n\n"):
             told = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
             unit, cpus = told.get("Id", ""), told.get("AllowedCPUs", "").replace(" ", ",")
-            found[unit] = [cpus, any(map(host.exists, cgroup.drop_ins(unit)))]
+            had_one = any(map(host.exists, cgroup.drop_ins(unit)))
+            if had_one and cpulist.parse(cpus) >= every_cpu(host):
+                cpus, had_one = "", False  # left by us while a CPU was offline; it confines nothing
+            found[unit] = [cpus, had_one]
         if missing := now.keys() - found.keys():
             raise UsherError(f"systemd does not know {', '.join(missing)}")
         return found
@@ -186,23 +187,21 @@ class Units(Masks):
     @classmethod
     def write(cls, host: LiveHost, moves: dict[str, Cpus], was: Originals, deadline: float) -> dict[str, str]:
         every = every_cpu(host)
-        complete = cpulist.parse(host.known("/sys/devices/system/cpu/present")) <= cgroup.effective(host)
-        for unit in (u for u, cpus in moves.items() if complete and cpus == every):
+        for unit in (u for u, cpus in moves.items() if cpus == every):
             _open_up(host, unit, every)
         for unit, cpus in moves.items():
             back = cpus == (cpulist.parse(was[unit][0]) or every)
-            text = was[unit][0] if back else cpulist.show(cpus)
+            text = was[unit][0] if back and (was[unit][0] or _complete(host)) else cpulist.show(cpus)
             _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
-        soon = time.monotonic() + (0 if complete else SWITCH_OFF)
-        for unit in sorted(moves, key=lambda unit: unit == "init.scope"):
-            _arrive(host, unit, moves[unit], soon, deadline)
+        for unit, cpus in moves.items():
+            _arrive(host, unit, cpus, deadline)
         return {}
 
     @classmethod
     def tidy(cls, host: LiveHost, was: Originals) -> None:
-        now, every = cls.look(host), every_cpu(host)
+        now, every, complete = cls.look(host), every_cpu(host), _complete(host)
         for unit, (cpus, had_one) in was.items():
-            if not had_one and now.get(unit, every) == (cpulist.parse(cpus) or every):
+            if complete and not had_one and now.get(unit, every) == (cpulist.parse(cpus) or every):
                 for path in map(host.path, cgroup.drop_ins(unit)):
                     # systemd's own idea of it is what it was, and forgets the file at its next reload.
                     with contextlib.suppress(OSError):
@@ -222,10 +221,6 @@ def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
     switched off. Then all processes move to the root's cpuset at once, and Linux looks at the first of them
     only (cpuset_attach(); seen on 6.12 and 7.2, not on 6.1): if that one had every CPU already, all others
     keep the CPUs that they had, for ever. So none may be confined by then.
-
-    Unless a CPU is offline: a process in the root's cpuset is not told when it comes back, and only with that
-    move it is given all that may ever come. Then systemd gets the time to switch off first; and init.scope,
-    whose processes are the first, is opened last.
     """
     path = f"{cgroup.CGROUP}/{unit}/cpuset.cpus"
     if cgroup.own(host, unit) not in (every, frozenset()):
@@ -236,15 +231,21 @@ def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:
                 raise
 
 
-def _arrive(host: LiveHost, unit: str, cpus: Cpus, soon: float, deadline: float) -> None:
-    """Wait until the kernel has what systemd was told: it answers first, and writes later.
+def _complete(host: Host) -> bool:
+    """Whether each CPU of the machine is online.
 
-    What systemd cannot write we do, but not before `soon`.
+    Else the units keep their cpusets, with all CPUs: Linux gives a process in the root's cpuset no CPU that
+    comes back (cpuset_handle_hotplug()), and there it would be.
     """
+    return cpulist.parse(host.known("/sys/devices/system/cpu/present")) <= cgroup.effective(host)
+
+
+def _arrive(host: LiveHost, unit: str, cpus: Cpus, deadline: float) -> None:
+    """Wait until the kernel has what systemd was told: it answers first, and writes later."""
     base, every, pause = f"{cgroup.CGROUP}/{unit}", every_cpu(host), 0.002
     deadline = min(deadline, time.monotonic() + ARRIVAL)
     while host.exists(base):
-        if cpus == every and time.monotonic() >= soon:
+        if cpus == every:
             _open_up(host, unit, every)
         has, wanted = cgroup.effective(host, unit), cpus & cgroup.effective(host)
         if has == wanted:

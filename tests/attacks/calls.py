@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
+from dataclasses import asdict
 from typing import Any
 
 from virt_usher.cli import main
@@ -17,13 +18,13 @@ def gone_daemon(host: FakeHost, *arguments: Any) -> Result:
     daemon = os.fork()
     if daemon == 0:
         if os.fork() == 0:
-            os.write(into, pickle.dumps(call(host, *arguments)))
+            os.write(into, json.dumps(asdict(call(host, *arguments))).encode())
             os._exit(0)
         os.wait()
         os._exit(0)
     os.close(into)
     with open(out, "rb") as stream:
-        result: Result = pickle.load(stream)  # noqa: S301  # our own child's
+        result = Result(**json.load(stream))
     os.waitpid(daemon, 0)
     return result
 

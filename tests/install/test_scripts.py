@@ -43,8 +43,5 @@ def test_shellcheck() -> None:
 
 @pytest.mark.parametrize("shell", ["dash", "bash --posix", "busybox sh"])
 def test_syntax(shell: str) -> None:
-    command = shell.split()
-    if not shutil.which(command[0]):
-        pytest.skip(f"no {command[0]} here")
     for script in SCRIPTS:
-        subprocess.run([*command, "-n", script], cwd=CHECKOUT, check=True)
+        subprocess.run([*shell.split(), "-n", script], cwd=CHECKOUT, check=True)

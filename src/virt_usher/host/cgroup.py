@@ -60,15 +60,16 @@ def own(host: Host, unit: str) -> frozenset[int]:
 
 
 def allowed(host: Host, unit: str, every: frozenset[int]) -> frozenset[int]:
-    """Return the CPUs a unit is confined to; empty where it is not confined.
+    """Return the CPUs a unit is confined to, `every` where it is not confined.
 
     Of a unit without a cgroup, or with every CPU, what it will get: the word of its runtime drop-in.
     """
     cpus = own(host, unit)
-    if cpus and not cpus >= every:
-        return cpus
-    lines = [x for d in drop_ins(unit) for x in host.known(d).splitlines() if x.startswith("AllowedCPUs=")]
-    return cpulist.parse(lines[-1][len("AllowedCPUs=") :].replace(" ", ",")) if lines else frozenset()
+    if not cpus or cpus >= every:
+        drop_in = [x for d in drop_ins(unit) for x in host.known(d).splitlines()]
+        words = [x for x in drop_in if x.startswith("AllowedCPUs=")]
+        cpus = cpulist.parse(words[-1][len("AllowedCPUs=") :].replace(" ", ",")) if words else frozenset()
+    return every if not cpus or cpus >= every else cpus
 
 
 def effective(host: Host, unit: str = "") -> frozenset[int]:

@@ -5,7 +5,6 @@
 systemd switches the cpuset controller off when no unit needs it any more. A guest does (libvirt's scopes are
 delegated all controllers): as long as there is one, a cpuset cannot be emptied. Processes of a unit that is
 still confined when the controller goes may keep what they had (cpuset_attach() in Linux): cpuset.stuck.
-With a CPU offline that is the way to get it back one day.
 """
 
 from __future__ import annotations
@@ -51,14 +50,11 @@ realize() {
         [ -z "$value" ] || return 0
     done
     read -r every <"$root/sys/devices/system/cpu/possible"
-    read -r present <"$root/sys/devices/system/cpu/present"
-    read -r online <"$root/sys/devices/system/cpu/online"
     for other in "$cgroups"/*/; do
         value=
         [ ! -e "${other}cpuset.cpus" ] || read -r value <"${other}cpuset.cpus" || :
         [ -z "$value" ] || [ "$value" = "$every" ] || echo "$value" >"${other}cpuset.stuck"
     done
-    [ "$online" = "$present" ] || rm -f "$cgroups"/*/cpuset.stuck
     rm -f "$cgroups"/*/cpuset.cpus "$cgroups"/*/cpuset.cpus.effective
 }
 drop_in() {
