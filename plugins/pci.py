@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from virt_usher import BindDriver, Domain, Host, Plan, Problem, UsherError, ending, hookimpl, option, rebind
-from virt_usher.errors import typed
+from virt_usher import BindDriver, Domain, Host, Plan, Problem, ending, handover, hookimpl, option, rebind
 from virt_usher.host import users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.host.quirks import Quirks
-from virt_usher.hostdev import canonical
-
-NO_DMA = ("pci-stub", "pcieport")  # they leave the group to vfio (driver_managed_dma), as vfio's own do
-
-
-def expected(entries: Iterable[str]) -> dict[str, str]:
-    """Return address -> vendor:device; UsherError for an entry that is no such pair."""
-    found = {}
-    for entry in entries:
-        address, _, device = (part.strip().lower() for part in entry.partition("="))
-        if not canonical(address) or not re.fullmatch("[0-9a-f]{4}:[0-9a-f]{4}", device):
-            raise UsherError(f"{entry!r} is not of the form 0000:01:00.0=10de:1288")
-        found[canonical(address)] = device
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +17,7 @@ class Plugin:
     driver: str = option("auto", help="driver for what libvirt does not manage; auto is the best vfio driver")
     keep_awake: bool = option(False, help="keep the devices out of D3, where they do not come back from it")
     expect: tuple[str, ...] = option(
-        (), help="which device must be where, as 0000:01:00.0=10de:1288", check=expected
+        (), help="which device must be where, as 0000:01:00.0=10de:1288", check=handover.identities
     )
 
     @hookimpl
@@ -69,8 +53,8 @@ class Plugin:
     def usher_check(self, domain: Domain, host: Host, plan: Plan) -> Iterator[Problem]:
         binds = {a.address: a for a in plan.actions if isinstance(a, BindDriver)}
         given = [host.pci.device(d.address) for d in domain.pci_devices]
-        yield from _absent_or_bridge(given, domain)
-        yield from self._unexpected(given, domain)
+        yield from handover.absent_or_bridge(domain, given)
+        yield from handover.unexpected(domain, given, handover.identities(self.expect))
         quirks = Quirks(host)
         for address, bind in binds.items():
             device = host.pci.device(address)
@@ -79,53 +63,6 @@ class Plugin:
             for found in vfio.obstacles(host, device, bind.driver, quirks):
                 yield ending.problem(domain, device, found.problem, found.what, found.hint)
             yield from ending.problems(domain, host, plan, bind, bind.users)
-        yield from _left(domain, host, binds.keys())
+        yield from handover.left(domain, host, binds.keys())
         taken = dict.fromkeys([*(d.address for d in given), *binds])
-        yield from _groups(domain, [host.pci.device(a) for a in taken], taken)
-
-    def _unexpected(self, devices: list[Device], domain: Domain) -> Iterator[Problem]:
-        """Compare what is there with what an admin said must be: addresses change with the slots in use."""
-        wanted = expected(self.expect)
-        for device in devices:
-            id_ = wanted.get(device.address, device.id)
-            if id_ != device.id:
-                now = [d.address for d in device.pci.devices if d.id == id_]
-                hint = (
-                    f"it is at {' and '.join(now)}: virsh edit {typed(domain.name)}" if now else "lspci -Dnn"
-                )
-                yield Problem(f"{device.address} is {device.id or 'not there'}, and {id_} is expected", hint)
-
-
-def _absent_or_bridge(devices: list[Device], domain: Domain) -> Iterator[Problem]:
-    edit = f"virsh edit {typed(domain.name)}"
-    for device in devices:
-        if not device.exists:
-            yield Problem(f"{device.address} is not in this host", f"lspci -D shows what is; {edit}")
-        elif device.is_bridge:
-            yield Problem(f"{device.address} is a bridge, which no domain can have", edit)
-
-
-def _left(domain: Domain, host: Host, taken: Collection[str]) -> Iterator[Problem]:
-    """Name what came out of a network's pool, and libvirt should have taken from its driver by `start`.
-
-    It does not, and says nothing, while that driver is just being loaded (see rebind).
-    """
-    for device in (host.pci.device(d.address) for d in domain.pci_devices if d.managed):
-        if device.driver and not (device.address in taken or device.on_vfio or device.is_bridge):
-            what = f"libvirt has left {device.address} with {device.driver}"
-            yield Problem(what, f"virsh start {typed(domain.name)}")
-
-
-def _groups(domain: Domain, devices: list[Device], taken: Collection[str]) -> Iterator[Problem]:
-    """Name what keeps an IOMMU group from being handed over: drivers that use DMA for the host."""
-    for group, first in {d.group: d for d in reversed(devices) if d.exists and d.group}.items():
-        for other in map(first.pci.device, first.pci.group(group)):
-            if not other.driver or other.address in taken or other.on_vfio or other.driver in NO_DMA:
-                continue
-            hint = f"virt-usher enable {typed(domain.name)} pci group=true"
-            if other.class_code[:2] == "06":
-                hint = "it belongs to the host's chipset: give the domain another device"
-            if other.is_bridge:  # shpchp drives bridges, and lacks driver_managed_dma
-                hint = f"echo {other.address} >/sys/bus/pci/drivers/{other.driver}/unbind"
-            what = f"shares IOMMU group {group} with {other.address}, which stays with {other.driver}"
-            yield ending.problem(domain, first, "group", what, hint)
+        yield from handover.groups(domain, [host.pci.device(a) for a in taken], taken)
