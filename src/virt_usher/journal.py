@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 
 from virt_usher import log
@@ -245,7 +244,7 @@ class Journal:
     def kept_xml(self) -> bytes:
         """Return the domain's XML that was kept, whatever its size; empty where there is none."""
         try:
-            return self.host.read_bytes(self.path[:-4] + ".xml", sys.maxsize)
+            return self.host.read_bytes(self.path[:-4] + ".xml")
         except OSError:
             return b""
 

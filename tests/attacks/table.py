@@ -75,9 +75,9 @@ class WholeHost(CgroupKernel, ModuleHost):
 
     vanish_at = 0
 
-    def read(self, path: str, limit: int = 1 << 20) -> str:
+    def read(self, path: str) -> str:
         self._vanish(path)
-        return super().read(path, limit)
+        return super().read(path)
 
     def write(self, path: str, value: str) -> None:
         self._vanish(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from virt_usher.host.pci import Pci
 from virt_usher.host.quirks import OWN, Quirks
 from virt_usher.hostdev import PciHostdev
 from virt_usher.prepare import Plan, Planned
+from virt_usher.testing.tree import Tree
 
 
 def given(*addresses: str, managed: bool = True) -> reset.Given:
@@ -45,6 +47,25 @@ def test_every_recorded_device_gets_the_verdict_of_the_real_one(machine: str, tm
         found[f.address] = (verdict(host, f.address).kind, together.kind)
     assert found == {f.address: (f.alone, f.together) for f in functions}
     assert {d.address for d in pci.devices} == set(found)
+
+
+@pytest.mark.parametrize("machine", ["amd", "emulated", "ivybridge"])
+def test_what_cannot_be_read_makes_no_verdict_better(machine: str, tmp_path: Path) -> None:
+    functions = machines.read(machine)
+    host = Tree(machines.build(tmp_path, functions).root)
+    raised = 0
+    for f in functions:
+        near = sharing(Host(host.root).pci, f.address)
+        for nth in range(1, 200):
+            host.heal().fail("*", errno.EIO, nth, on="read")
+            try:
+                assert verdict(host, f.address, *near).kind == f.together
+            except OSError:
+                raised += 1
+                continue
+            if not host.happened("struck"):
+                break
+    assert raised > len(functions)
 
 
 # what `why` must say: (machine, device, what else is given, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -399,6 +400,55 @@ def test_a_hundred_thousand_open_files(tmp_path: Path) -> None:
     began = time.process_time()
     assert not found(host)
     assert time.process_time() - began < 0.1
+
+
+# -- what cannot be read
+
+
+def a_way_out(host: PciHost) -> None:
+    host.file("/proc/net/route", f"{ROUTES}eth0\t00000000\t0101A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0")
+    card(host)
+
+
+def a_picture_and_a_console(host: PciHost) -> None:
+    graphics(host).hangs_on(A, "graphics", "fb0", name="amdgpudrmfb")
+    console(host)
+
+
+def a_keyboard(host: PciHost) -> None:
+    keyboard(host, A, "input5")
+
+
+def virtual_functions(host: PciHost) -> None:
+    host.file(f"/sys/bus/pci/devices/{A}/sriov_numvfs", "2")
+
+
+def a_program(host: PciHost) -> None:
+    pid = graphics(host, enabled="disabled").runs("ffmpeg", "/dev/dri/renderD200")
+    host.file(f"/proc/{pid}/fdinfo/0", f"pos:\t0\ndrm-pdev:\t{A}")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*DISKS, a_way_out, a_picture_and_a_console, a_keyboard, virtual_functions, a_program],
+    ids=lambda f: str(f.__name__),
+)
+def test_what_cannot_be_read_is_no_sign_that_nobody_uses_it(
+    tmp_path: Path, case: Callable[[PciHost], None]
+) -> None:
+    """Whichever file or directory it is, the same use is found, or the start refused."""
+    case(host := make(tmp_path))
+    ((use, _),) = found(host)
+    refused = 0
+    for on in ("read", "list"):
+        for nth in range(1, 100):
+            host.heal().fail("*", errno.EIO, nth, on=on)
+            try:
+                assert [problem for problem, _ in found(host)] == [use]
+            except OSError as error:
+                refused += 1
+                assert error.filename  # noqa: PT017  # either may be
+    assert refused > 3
 
 
 # -- which units' stop ends a process

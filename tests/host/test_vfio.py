@@ -8,6 +8,7 @@ import pytest
 
 from virt_usher.host import vfio
 from virt_usher.testing import FakeHost
+from virt_usher.testing.pci import PciHost
 
 UNSAFE = "allow_unsafe_interrupts"
 # The IOMMU's name, the chips of the first interrupts (as seen with intremap on and off), the answer.
@@ -46,3 +47,12 @@ def test_whether_interrupts_are_remapped(
 )
 def test_whether_an_admin_lets_vfio_do_without(tmp_path: Path, file: str, text: str, expected: bool) -> None:
     assert vfio.allows_unsafe_interrupts(FakeHost(tmp_path).file(file, text)) is expected
+
+
+def test_the_driver_for_a_device_is_found_at_the_end_of_a_long_list(tmp_path: Path) -> None:
+    """Debian's modules.alias has 1.4 MB."""
+    host = PciHost(tmp_path).device("0000:01:00.0", "15b3:101e")
+    line = "alias pci:v00008086d00001572sv*sd*bc*sc*i* i40e\n"
+    text = line * 40_000 + "alias vfio_pci:v000015B3d0000101Esv*sd*bc*sc*i* mlx5_vfio_pci\n"
+    host.file("/proc/sys/kernel/osrelease", "6.1").file("/lib/modules/6.1/modules.alias", text)
+    assert vfio.best_driver(host, host.pci.device("0000:01:00.0")) == "mlx5_vfio_pci"

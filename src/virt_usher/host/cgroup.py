@@ -93,8 +93,8 @@ def machines(host: Host) -> frozenset[str]:
     """Return the top-level slices that running guests are in, wherever they were put."""
     found = {MACHINES}
     for name in host.entries("/run/libvirt/qemu"):
-        pid = host.number(f"/run/libvirt/qemu/{name}") if name.endswith(".pid") else 0
-        for line in host.get(f"/proc/{pid}/cgroup").splitlines() if pid > 0 else []:
+        said = host.known(f"/run/libvirt/qemu/{name}") if name.endswith(".pid") else ""
+        for line in host.known(f"/proc/{said}/cgroup").splitlines() if said.isdecimal() else []:
             # A pid file can be stale and its pid somebody else's; a guest's scope is machine-qemu\x2d….
             if line.startswith("0::/") and "-qemu" in line:
                 found.add(line[4:].partition("/")[0])

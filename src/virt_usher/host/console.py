@@ -21,8 +21,8 @@ _NAMES = ("EFI", "VESA", "simple")
 def bound(host: Host) -> list[str]:
     """Return the `bind` files of the framebuffer consoles that show now; one for all cards."""
     files = [f"{CONSOLES}/{n}" for n in host.entries(CONSOLES)]
-    shown = (f for f in files if "frame buffer" in host.get(f"{f}/name"))
-    return [f"{f}/bind" for f in shown if host.get(f"{f}/bind") == "1"]
+    shown = (f for f in files if "frame buffer" in host.known(f"{f}/name"))
+    return [f"{f}/bind" for f in shown if host.known(f"{f}/bind") == "1"]
 
 
 def framebuffer(host: Host, address: str) -> str:
@@ -30,19 +30,19 @@ def framebuffer(host: Host, address: str) -> str:
     base = "/sys/class/graphics"
     names = [n for n in host.entries(base) if n[:2] == "fb" and n[2:].isdigit()]
     names.sort(key=lambda n: int(n[2:]))
-    primary = host.get(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
+    primary = host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
     for name in names if primary else names[:1]:
         if f"/{address}/" in host.target(f"{base}/{name}"):
             return name
     # The firmware's hangs on its card from 6.9 on only.
-    if primary and host.get(f"{base}/{names[0]}/name" if names else "").startswith(_NAMES):
+    if primary and host.known(f"{base}/{names[0]}/name" if names else "").startswith(_NAMES):
         return names[0]
     return ""
 
 
 def firmware(host: Host, address: str) -> list[tuple[str, str]]:
     """Return (driver, device) of the framebuffers that the firmware left on a PCI device."""
-    primary = host.get(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
+    primary = host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
     found = []
     for driver in FIRMWARE:
         for name in host.entries(f"{PLATFORM}/{driver}"):

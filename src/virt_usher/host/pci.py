@@ -105,7 +105,8 @@ class Device:
         return f"{BUS}/devices/{self.address}"
 
     def _get(self, name: str) -> str:
-        return self.pci.host.get(f"{self.dir}/{name}")
+        # Not get(): a device whose class or id cannot be read must not pass for a harmless one.
+        return self.pci.host.known(f"{self.dir}/{name}")
 
     def _has(self, name: str) -> bool:
         return self.pci.host.exists(f"{self.dir}/{name}")
@@ -180,7 +181,7 @@ class Device:
         """Return the start of config space; the kernel gives more than 64 bytes to root only."""
         try:
             return self.pci.host.read_bytes(f"{self.dir}/config", size)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             return b""
 
     @cached_property
@@ -209,7 +210,7 @@ class Device:
     @cached_property
     def virtual_functions(self) -> int:
         """How many virtual functions are switched on."""
-        return self.pci.host.number(f"{self.dir}/sriov_numvfs")
+        return int(self._get("sriov_numvfs") or "0")
 
     @cached_property
     def has_reset(self) -> bool:

@@ -1,7 +1,8 @@
 """Who on the host uses a PCI device: seen from sysfs and /proc, without opening anything of the device.
 
 The kernel itself protects nobody: it unbinds an NVMe disk under a mounted root, and a network card that is
-up. Imported lazily, by the plugin and right before an unbind, release included: it imports next to nothing.
+up. So what cannot be read raises OSError: it is no sign that nobody uses it. Imported lazily, by the plugin
+and right before an unbind, release included: it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class _Look:
         if not blocks:
             return []
         names = {n: n for n in blocks} | {
-            dm: n for n in blocks if (dm := self.host.get(f"/sys/class/block/{n}/dm/name"))
+            dm: n for n in blocks if (dm := self.host.known(f"/sys/class/block/{n}/dm/name"))
         }
         self.nodes |= {f"/dev/{n}": address for n in blocks}
         places = self._mounts(blocks, names)
@@ -153,7 +154,7 @@ class _Look:
         return sorted(found)
 
     def _mounts(self, blocks: list[str], names: dict[str, str]) -> list[str]:
-        numbers = {self.host.get(f"/sys/class/block/{n}/dev") for n in blocks} - {""}
+        numbers = {self.host.known(f"/sys/class/block/{n}/dev") for n in blocks} - {""}
         members = [n for n in blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
         pools = {self._udev(n, "ID_FS_LABEL") for n in members} - {""}
         btrfs = {
@@ -162,7 +163,7 @@ class _Look:
             if any(n in blocks for n in self.host.entries(f"/sys/fs/btrfs/{uuid}/devices"))
         }
         places, btrfs_seen = [], False
-        for line in self.host.get("/proc/1/mountinfo").splitlines():
+        for line in self.host.known("/proc/1/mountinfo").splitlines():
             left, _, right = line.partition(" - ")
             fields, (kind, source, *_) = left.split(" "), [*right.split(" "), "", ""]
             # btrfs and ZFS have numbers of their own there, and name a device or a pool.
@@ -187,14 +188,14 @@ class _Look:
 
     def _udev(self, block: str, key: str) -> str:
         """Return what udev found on a disk; it has looked already, and nobody need open it again."""
-        number = self.host.get(f"/sys/class/block/{block}/dev")
-        for line in self.host.get(f"/run/udev/data/b{number}").splitlines():
+        number = self.host.known(f"/sys/class/block/{block}/dev")
+        for line in self.host.known(f"/run/udev/data/b{number}").splitlines():
             if line.startswith(f"E:{key}="):
                 return line.partition("=")[2]
         return ""
 
     def _first_words(self, path: str) -> list[str]:
-        return [line.split()[0] for line in self.host.get(path).splitlines()[1:] if line.strip()]
+        return [line.split()[0] for line in self.host.known(path).splitlines()[1:] if line.strip()]
 
     # -- network
 
@@ -203,7 +204,7 @@ class _Look:
         for name in self._below("net", address):
             above = self._above(name)
             default, routed = self._routes({name, *above})
-            up = int(self.host.get(f"/sys/class/net/{name}/flags") or "0", 16) & 1  # IFF_UP
+            up = int(self.host.known(f"/sys/class/net/{name}/flags") or "0", 16) & 1  # IFF_UP
             through = f" through {_some(above)}" if above else ""
             if default:
                 hint = "the host would lose its network: give the domain another device"
@@ -238,17 +239,17 @@ class _Look:
     def _routes(self, names: set[str]) -> tuple[bool, bool]:
         """Return whether a default route leaves through one of these, and whether any has an address."""
         default = routed = False
-        for line in self.host.get("/proc/net/route").splitlines()[1:]:
+        for line in self.host.known("/proc/net/route").splitlines()[1:]:
             fields = line.split()
             if len(fields) > 7 and fields[0] in names:
                 routed = True
                 default = default or fields[1] == fields[7] == "00000000"
-        for line in self.host.get("/proc/net/ipv6_route").splitlines():
+        for line in self.host.known("/proc/net/ipv6_route").splitlines():
             fields = line.split()
             if len(fields) > 9 and fields[9] in names:
                 rejects = int(fields[8], 16) & 0x200  # RTF_REJECT
                 default = default or (fields[0] == "0" * 32 and fields[1] == "00" and not rejects)
-        for line in self.host.get("/proc/net/if_inet6").splitlines():
+        for line in self.host.known("/proc/net/if_inet6").splitlines():
             fields = line.split()
             routed = routed or (len(fields) > 5 and fields[5] in names and fields[3] != "20")  # link-local
         return default, routed
@@ -257,11 +258,11 @@ class _Look:
 
     def _display(self, address: str) -> list[User]:
         shows = []
-        if self.host.get(f"/sys/bus/pci/devices/{address}/boot_vga") == "1":
+        if self.host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1":
             shows.append("the firmware's display (boot_vga)")
         for name in self._below("drm", address):
             base = f"/sys/class/drm/{name}"
-            state = (self.host.get(f"{base}/status"), self.host.get(f"{base}/enabled"))
+            state = (self.host.known(f"{base}/status"), self.host.known(f"{base}/enabled"))
             if state == ("connected", "enabled"):
                 shows.append(f"a picture on {name.partition('-')[2] or name}")
         if console_on := self._console(address):
@@ -274,7 +275,7 @@ class _Look:
         name = self._console(address)
         if not name:
             return []
-        shown = f"{name}, {self.host.get(f'/sys/class/graphics/{name}/name')}"
+        shown = f"{name}, {self.host.known(f'/sys/class/graphics/{name}/name')}"
         hint = "the host's console would be gone until it reboots"
         return [User(address, DISPLAY, f"shows the text console ({shown})", hint, True)]
 
@@ -283,7 +284,7 @@ class _Look:
         return console.framebuffer(self.host, address) if console.bound(self.host) else ""
 
     def _virtual_functions(self, address: str) -> list[User]:
-        count = self.host.number(f"/sys/bus/pci/devices/{address}/sriov_numvfs")
+        count = int(self.host.known(f"/sys/bus/pci/devices/{address}/sriov_numvfs") or "0")
         hint = f"echo 0 >/sys/bus/pci/devices/{address}/sriov_numvfs"
         return [User(address, VFS, f"has {count} virtual functions", hint)] if count > 0 else []
 
@@ -291,12 +292,12 @@ class _Look:
         inputs = {n: t for n, t in self._class("input").items() if n.startswith("input")}
         mine: dict[str, str] = {}
         for name, target in inputs.items():
-            words = self.host.get(f"/sys/class/input/{name}/capabilities/key").split()
+            words = self.host.known(f"/sys/class/input/{name}/capabilities/key").split()
             if not words or int(words[-1], 16) & _KEYBOARD != _KEYBOARD:
                 continue
             owner = next((a for a in self.addresses if f"/{a}/" in target), "")
             if owner:
-                mine.setdefault(owner, self.host.get(f"/sys/class/input/{name}/name"))
+                mine.setdefault(owner, self.host.known(f"/sys/class/input/{name}/name"))
             elif "/devices/virtual/" not in target:
                 return []
         if len(mine) > 1 and not self.together:
@@ -324,7 +325,7 @@ class _Look:
         self.cards |= {n[4:]: address for n in cards}
         gpus = self.host.entries("/proc/driver/nvidia/gpus")
         if address in gpus:
-            for line in self.host.get(f"/proc/driver/nvidia/gpus/{address}/information").splitlines():
+            for line in self.host.known(f"/proc/driver/nvidia/gpus/{address}/information").splitlines():
                 if line.startswith("Device Minor:"):
                     self.nodes[f"/dev/nvidia{line.split()[-1]}"] = address
             # These nodes are for all cards of the driver, so they tell of this one if it is alone.
@@ -351,17 +352,15 @@ class _Look:
 
     def _held(self, pid: str) -> list[tuple[str, str]]:
         """Return (node, address) for what a process has open of our devices, once for each device."""
-        folder = self.host.path(f"/proc/{pid}/fd")
+        folder = f"/proc/{pid}/fd"
         found: dict[str, str] = {}
-        try:
-            names = os.listdir(folder)
-        except OSError:  # it ended, or this is no process of ours to look at
-            return []
-        for fd in names:
+        for fd in self.host.entries(folder):
             try:
-                node = os.readlink(f"{folder}/{fd}")
-            except OSError:
+                node = os.readlink(self.host.path(f"{folder}/{fd}"))
+            except (FileNotFoundError, ProcessLookupError):  # it was closed meanwhile, or the process ended
                 continue
+            except PermissionError:  # not root, or the root of a container, whose devices are not its own
+                return []
             address = self._address(pid, fd, node) if node.startswith("/dev/") else ""
             if address and self._is_open(pid, fd):
                 found.setdefault(address, node)
@@ -372,7 +371,7 @@ class _Look:
 
         The node of an IOMMU group appears with its first device on vfio: udev has it while the next is bound.
         """
-        for line in self.host.get(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+        for line in self.host.known(f"/proc/{pid}/fdinfo/{fd}").splitlines():
             if line.startswith("flags:"):
                 return not int(line.split()[1], 8) & os.O_PATH
         return True
@@ -383,7 +382,7 @@ class _Look:
         if node.startswith("/dev/snd/") and (card := _SOUND.fullmatch(node)):
             return self.cards.get(card[1], "")
         if node.startswith("/dev/dri/"):  # in a container the same device may have another name
-            for line in self.host.get(f"/proc/{pid}/fdinfo/{fd}").splitlines():
+            for line in self.host.known(f"/proc/{pid}/fdinfo/{fd}").splitlines():
                 if line.startswith("drm-pdev:"):
                     address = line.split()[1]
                     return address if address in self.nodes.values() else ""

@@ -88,7 +88,7 @@ def remaps_interrupts(host: Host) -> bool | None:
     """
     if any(name.startswith(("dmar", "ivhd")) for name in host.entries("/sys/class/iommu")):
         for number in range(16):
-            chip = host.get(f"/sys/kernel/irq/{number}/chip_name")
+            chip = host.known(f"/sys/kernel/irq/{number}/chip_name")
             if chip.endswith("IO-APIC"):
                 return chip.startswith("IR-")
     return None
@@ -103,17 +103,17 @@ def _is_on(host: Host, module: str, parameter: str) -> bool:
     """Tell whether a module's switch is on, or may be once it is loaded."""
     file = f"/sys/module/{module}/parameters/{parameter}"
     if host.exists(file):
-        return host.get(file) == "Y"
+        return host.known(file) == "Y"
     places = ("/proc/cmdline", *(f"{d}/{n}" for d in _MODPROBE_D for n in host.entries(d)))
     return any(parameter in host.get(place) for place in places)
 
 
 def _region_kinds(host: Host, group: str) -> set[str]:
     """Return the kinds of a group's reserved regions; 'direct-relaxable' ones are in nobody's way."""
-    lines = host.get(f"{GROUPS}/{group}/reserved_regions").splitlines()
+    lines = host.known(f"{GROUPS}/{group}/reserved_regions").splitlines()
     return {line.split()[2] for line in lines if len(line.split()) > 2}
 
 
 def _modules(host: Host, which: str) -> str:
     """Return one of depmod's lists for the running kernel."""
-    return host.get(f"/lib/modules/{host.get('/proc/sys/kernel/osrelease')}/modules.{which}")
+    return host.known(f"/lib/modules/{host.known('/proc/sys/kernel/osrelease')}/modules.{which}")

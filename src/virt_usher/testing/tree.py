@@ -207,10 +207,10 @@ class Tree(LiveHost):
 
     # -- the host's side
 
-    def read(self, path: str, limit: int = 1 << 20) -> str:
+    def read(self, path: str) -> str:
         if self._pending is not None:
             text = self._pending.get(path)
-            return super().read(path, limit) if text is None else text.rstrip("\n")
+            return super().read(path) if text is None else text.rstrip("\n")
         self._pass("looked", path)
         self._may_fail("read", path)
         if self._mode(path) & 0o444 == 0:
@@ -218,10 +218,10 @@ class Tree(LiveHost):
         self.load(path)
         with self._locked(fcntl.LOCK_SH):
             torn = os.path.exists(os.path.join(self._kernel, "redo"))
-            text = super().read(path, limit)
+            text = super().read(path)
         if torn:
             with self.step():
-                text = super().read(path, limit)
+                text = super().read(path)
         return text
 
     def entries(self, path: str) -> list[str]:
