@@ -26,8 +26,6 @@ from tests.conftest import ROOT
 
 from virt_usher.testing.conformance import ATTACKS, ERRNOS, LIFE, Attack, attacked, call, differences, settled
 
-pytestmark = pytest.mark.timeout(1800)  # many cases in one test, on CPUs that others use too
-
 SOAK = bool(os.environ.get("VIRT_USHER_SOAK"))
 CI = os.environ.get("CI") == "true"
 ALL = 10**6
@@ -35,6 +33,8 @@ ALL = 10**6
 MOST = ALL if SOAK else 1
 # Reads that fail at a stop, with each of two errnos; for one plugin in CI all of them.
 READS = ALL if SOAK else 12 if CI else 4
+
+pytestmark = pytest.mark.timeout(4 * 3600 if SOAK else 1800)  # many cases in one test, and CPUs are shared
 
 MORE = tuple(
     Attack(operation, how, then)

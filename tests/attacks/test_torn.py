@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from tests.attacks.conftest import Tally
 from tests.attacks.table import ROWS, Row
-from tests.attacks.test_kill_and_fail import MOST, all_of, points, sample
+from tests.attacks.test_kill_and_fail import MOST, SOAK, all_of, points, sample
 
 from virt_usher.testing import run_hook
 from virt_usher.testing.conformance import call, differences
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(4 * 3600 if SOAK else 1800)
 JOURNAL = "/run/virt-usher/guest.jnl"
 
 
