@@ -170,8 +170,9 @@ install_release() {
         mv "$releases/$id" "$releases/.broken"
     fi
     [ -d "$releases/$id" ] || mv "$new" "$releases/$id"
-    # Also where the release was there already: the interpreter may be another one now.
-    "$PYTHON" -I -m compileall -q "$releases/$id"
+    # Also where the release was there already: the interpreter may be another one now. Plugins are compiled
+    # each time they are loaded, whoever wrote them.
+    "$PYTHON" -I -m compileall -q "$releases/$id/virt_usher"
     before=$(readlink "$DESTDIR$lib/current" || true)
     if [ "$before" != "releases/$id" ]; then
         [ -z "$before" ] || link "$before" "$DESTDIR$lib/previous"

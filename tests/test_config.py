@@ -192,6 +192,7 @@ def test_a_broken_file_of_one_domain_concerns_that_domain_only(pc: FakeHost) -> 
         (f"{ETC}/config.toml", 0o664, 0),
         (f"{ETC}/every-domain.toml", 0o666, 0),
         (f"{ETC}/domains/guest.toml", 0o622, 0),
+        (f"{ETC}/domains/guest.toml", 0o1666, 0),
         (f"{ETC}/domains", 0o777, 0),
         (ETC, 0o775, 0),
         (f"{ETC}/domains/guest.toml", 0o644, 12345),

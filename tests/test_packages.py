@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,59 @@ def test_a_damaged_package_refuses_those_who_need_it_and_nobody_else(
     assert result.status != 0
     assert reason in result.stderr
     assert run_hook(host.domain("other", "[plugins.governor]\n"), "other", "prepare").status == 0
+
+
+def _loose(path: Path, mode: int = 0o777) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mode & 0o100:
+        path.mkdir(exist_ok=True)
+    else:
+        path.touch()
+    path.chmod(mode)
+
+
+def _linked(packages: Path, loose: str = "", mode: int = 0o777) -> None:
+    """Make a link to a folder of modules elsewhere, which others can write somewhere."""
+    (packages.parent / "away/far").mkdir(parents=True)
+    (packages.parent / "away/far/more.py").touch()
+    (packages / "linked").symlink_to(packages.parent / "away/far")
+    if loose:
+        (packages.parent / loose).chmod(mode)
+
+
+# What is not the plugin's own file, and can be imported all the same; the second is where others can write.
+REACHED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a module beside it": (lambda p: _loose(p / "helper.py", 0o666), "packages/helper.py"),
+    "another package's folder": (lambda p: _loose(p / "other"), "packages/other"),
+    "a folder of folders": (lambda p: _loose(p / "other/deep/er"), "packages/other/deep/er"),
+    "the bytecode": (lambda p: _loose(p / "__pycache__/helper.pyc", 0o666), "__pycache__/helper.pyc"),
+    "the folder of bytecode": (lambda p: _loose(p / "__pycache__"), "packages/__pycache__"),
+    "all of it": (lambda p: p.chmod(0o777), "/packages"),
+    "what is in a link's target": (lambda p: _linked(p, "away/far/more.py", 0o666), "far/more.py"),
+    "a link's target": (lambda p: _linked(p, "away/far"), "away/far"),
+    "the folder of a link's target": (lambda p: _linked(p, "away"), "virt-usher/away"),
+    "a link to nothing yet": (lambda p: (p / "linked").symlink_to("/nowhere"), "packages/linked"),
+}
+
+
+@pytest.mark.parametrize("what", REACHED)
+def test_whatever_a_package_could_import_is_roots_alone(host: FakeHost, what: str) -> None:
+    damage, named = REACHED[what]
+    damage(Path(host.path("/etc/virt-usher/packages")))
+    result = run_hook(host, "guest", "prepare")
+    assert result.status == 3
+    told = " ".join(result.stderr.split())
+    assert re.search(f"{named}(: No such file| could be written by somebody else than root)", told), told
+    assert "/packages" in told.partition("chmod" if "chmod" in told else "take out of")[2], "the remedy"
+    assert host.read(KNOB) == "60"
+
+
+def test_a_folder_of_packages_may_be_a_link_and_lead_back(host: FakeHost) -> None:
+    packages = Path(host.path("/etc/virt-usher/packages"))
+    _linked(packages)
+    (packages / "linked/back").symlink_to(packages)
+    assert run_hook(host, "guest", "prepare").status == 0
+    assert host.read(KNOB) == "5"
 
 
 def test_it_is_listed_with_how_to_use_it_and_enabled_by_name(

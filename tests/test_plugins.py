@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -169,6 +171,25 @@ def test_a_linked_plugin_is_vetted_where_it_really_lies(host: FakeHost) -> None:
     os.chmod(host.path("/home/u"), 0o777)
     with pytest.raises(UsherError, match="could be written by somebody else than root"):
         load(host, "mine")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o666])
+def test_a_plugin_is_compiled_from_its_file_and_from_nothing_beside_it(host: FakeHost, mode: int) -> None:
+    """Python would run what lies in __pycache__ in its place, whoever wrote that."""
+    ran, path = host.path("/ran"), host.path(f"{ADMIN}/mine.py")
+    host.plugin("mine", f"open({ran!r}, 'w')\n")
+    cached = py_compile.compile(path, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    assert cached
+    os.chmod(cached, mode)
+    os.chmod(os.path.dirname(cached), mode | 0o111)
+    before = Path(cached).read_bytes()
+    host.plugin("mine", NOTE.format(name="mine"))
+    assert load(host, "mine").__name__ == "Plugin"
+    assert not os.path.exists(ran)
+    assert Path(cached).read_bytes() == before
+    shutil.rmtree(os.path.dirname(cached))
+    load(host, "mine")
+    assert not os.path.exists(os.path.dirname(cached))
 
 
 def test_two_plugins_of_one_name_are_refused_naming_both(host: FakeHost) -> None:

@@ -35,7 +35,9 @@ def vet(host: Host, path: str) -> None:
         status = os.lstat(step)
         link = stat.S_ISLNK(status.st_mode)
         # A link's own mode says nothing: its directory says who may change it.
-        others = not link and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        # Only of a directory does the sticky bit keep others from something: from swapping what is in it.
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        others = not link and status.st_mode & 0o022 and not sticky
         if status.st_uid not in (0, os.geteuid()) or others:
             raise UsherError(
                 f"{step} could be written by somebody else than root, so it is not used",
@@ -49,3 +51,26 @@ def vet(host: Host, path: str) -> None:
         target = os.readlink(step)
         names += target.split("/")[::-1]
         here = "/" if target.startswith("/") else here
+
+
+def vet_all(host: Host, path: str) -> None:
+    """Vet a folder with all that can be reached below it, folders and what lies behind links too."""
+    vet(host, path)
+    here = host.path(path)
+    folders, seen = [here], set[str]()
+    try:
+        while folders:
+            folder = folders.pop()
+            if (real := os.path.realpath(folder)) in seen:  # links can lead back up
+                continue
+            seen.add(real)
+            for entry in os.scandir(folder):
+                vet(host, (here := entry.path)[len(host.root) :])
+                if entry.is_dir():
+                    folders.append(here)
+    except UsherError as error:
+        rest = f"all of it at once: chown -hR root:root {path}; chmod -R go-w {path}"
+        raise UsherError(error.message, f"{error.hint}; {rest}") from None
+    except OSError as error:  # a link that leads nowhere yet: whoever makes its target decides what is loaded
+        what = f"{here}: {error.strerror}, so nothing in {path} is used"
+        raise UsherError(what, f"take out of {path} what does not belong there") from None
