@@ -14,12 +14,11 @@ SLEEP_UNIT = "virt-usher-nosleep.service"
 @dataclass(frozen=True, eq=False)
 class Plugin:
     BEFORE = ("pci",)  # where `enable` puts it
+    FILES_ONLY = True  # it ends what pci refuses for
 
     start: list[str] = option((), help="units that are active while the domain runs")
     stop: list[str] = option((), help="units that are inactive while the domain runs")
-    inhibit_sleep: bool = option(
-        False, help="keep the host from sleeping while the domain runs", harmless=True
-    )
+    inhibit_sleep: bool = option(False, help="keep the host from sleeping while the domain runs")
 
     @hookimpl
     def usher_prepare(self, domain: Domain, host: Host) -> Iterator[Action]:

@@ -255,6 +255,17 @@ def test_every_shipped_plugin_loads_and_explains_itself_and_its_options(host: Fa
     )
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "plugins").glob("*.py")))
+def test_a_shipped_plugin_that_ends_what_a_start_is_refused_for_is_for_roots_files(
+    host: FakeHost, name: str
+) -> None:
+    """What ending.py lets pass, and what frees a module: units stopped, the console taken away."""
+    plugin = load(host, name)
+    ends = {"KeepUnit", "UnloadModule", "console"} & vars(sys.modules[plugin.__module__]).keys()
+    assert bool(ends) == (name in ("consoles", "modules", "services"))
+    assert getattr(plugin, "FILES_ONLY", False) == bool(ends)
+
+
 def test_a_domain_that_asks_for_nothing_makes_no_shipped_plugin_fail(host: FakeHost) -> None:
     """On a host with nothing: no cpufreq, no huge pages, no nodes. A refusal is an answer, a bug is not."""
     for name in installed(host):

@@ -54,6 +54,24 @@ def test_shipped_and_own_plugins_are_listed_with_where_they_are_on(cli: Cli, pc:
 
 
 @pytest.mark.parametrize(
+    ("name", "files_only"),
+    [("services", True), ("consoles", True), ("modules", True), ("governor", False), ("greet", True)],
+)
+def test_what_metadata_cannot_switch_on_is_not_said_to_be_its_to_ask_for(
+    cli: Cli, pc: FakeHost, name: str, files_only: bool
+) -> None:
+    pc.plugin("greet", OWN.replace("    greeting", "    FILES_ONLY = True\n    greeting"))
+    text = " ".join(cli("plugins", name).out.split())
+    assert ("metadata cannot switch it on" in text) == files_only
+    assert ("metadata may still ask for it" in text) != files_only
+    assert ("may be set in <metadata>" in text) != files_only
+    (told,) = cli("plugins", name, "--json").json
+    assert told["files_only"] == files_only
+    pc.domain("guest", f"[plugins.{name}]\n")
+    assert ("<metadata> ask for it" in cli("disable", "guest", name).out) != files_only
+
+
+@pytest.mark.parametrize(
     ("policy", "every", "on"),
     [
         ("", "", False),

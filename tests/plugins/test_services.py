@@ -71,6 +71,18 @@ def test_units_are_brought_and_put_back(systemd: FakeHost) -> None:
     assert calls(systemd, "reset-failed"), "a start limit must not keep a unit from coming back"
 
 
+@pytest.mark.parametrize("layer", ["config", "every_domain"])
+@pytest.mark.parametrize("options", ["", " inhibit_sleep='yes'"])
+def test_a_domains_metadata_stops_no_unit(systemd: FakeHost, layer: str, options: str) -> None:
+    """The admin's default list is for domains that root switches it on for: it may end the desktop."""
+    off = "enabled = false\n" if layer == "every_domain" else ""
+    getattr(systemd, layer)(f'[plugins.services]\n{off}stop = ["greeter"]\n')
+    xml = domain_xml(metadata=f"<u:plugin name='services'{options}/>")
+    result = run_hook(systemd, "guest", "prepare", xml)
+    assert (result.status, state(systemd, "greeter")) == (3, "active")
+    assert "services can be switched on by root's files only" in result.stderr
+
+
 def test_the_last_domain_that_wants_a_unit_puts_it_back(systemd: FakeHost) -> None:
     for name in ("one", "two"):
         assert run_hook(systemd, name, "prepare", enable(systemd, name, 'start = ["smb"]')).status == 0

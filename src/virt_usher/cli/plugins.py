@@ -60,7 +60,8 @@ def _show(one: dict[str, Any], full: bool) -> None:
     if one["error"]:
         base.say(one["error"], 2, "problem")
     where = (["every domain"] if one["every_domain"] else []) + one["on"]
-    nobody = "no domain by a file; metadata may still ask for it"
+    may = "cannot switch it on" if one["files_only"] else "may still ask for it"
+    nobody = f"no domain by a file; metadata {may}"
     if one["name"] == ALWAYS_ON:
         nobody = "every domain that is given a PCI device; config.toml can say enabled = false"
     base.say(f"on for: {', '.join(where) or nobody}", 2)
@@ -69,8 +70,8 @@ def _show(one: dict[str, Any], full: bool) -> None:
     for option in one["options"]:
         base.say(f"{option['name']} = {_toml(option['default'])}  {option['help']}", 4)
         if full:
-            may = "may be set in <metadata>" if option["metadata"] else "not from <metadata>"
-            base.say(f"{option['type']}; {may}", 8)
+            who = "may be set in <metadata>" if option["metadata"] else "not from <metadata>"
+            base.say(f"{option['type']}; {who}", 8)
             if option["choices"]:
                 base.say(f"one of: {', '.join(map(str, option['choices']))}", 8)
 

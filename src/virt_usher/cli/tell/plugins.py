@@ -40,6 +40,7 @@ def tell(host: Host, name: str, switches: dict[str, dict[str, bool]], home: str 
         "from": home,
         "summary": "",
         "options": [],
+        "files_only": False,
         "every_domain": switches.get("", {}).get(name, False),
         "on": [d for d, plugins in switches.items() if d and plugins.get(name) is True],
         "off": [d for d, plugins in switches.items() if d and plugins.get(name) is False],
@@ -48,18 +49,19 @@ def tell(host: Host, name: str, switches: dict[str, dict[str, bool]], home: str 
     try:
         plugin = load(host, name, home)
         told["summary"] = (sys.modules[plugin.__module__].__doc__ or plugin.__doc__ or "").split("\n")[0]
-        told["options"] = [_option(o) for o in options.options_of(plugin).values()]
+        told["files_only"] = bool(getattr(plugin, "FILES_ONLY", False))
+        told["options"] = [_option(o, told["files_only"]) for o in options.options_of(plugin).values()]
     except UsherError as error:
         told["error"] = error.message
     return told
 
 
-def _option(info: options.OptionInfo) -> dict[str, Any]:
+def _option(info: options.OptionInfo, files_only: bool) -> dict[str, Any]:
     return {
         "name": info.name,
         "type": getattr(info.type, "__name__", str(info.type)),
         "default": info.default,
         "help": info.help,
         "choices": list(info.choices),
-        "metadata": info.harmless,
+        "metadata": info.harmless and not files_only,
     }
