@@ -165,7 +165,13 @@ def test_all_that_is_wrong_is_told_at_once_with_file_key_and_the_right_spelling(
 
 
 @pytest.mark.parametrize(
-    "text", ["[[[", "a = ", "\0", "[plugins]\ndemo = 3\n", "plugins = 3\n", "waive = 3\n", "deadlines = 3\n"]
+    "text",
+    [
+        *("[[[", "a = ", "\0", "[plugins]\ndemo = 3\n", "plugins = 3\n", "waive = 3\n", "deadlines = 3\n"),
+        *(f"trace = {'[' * n}{']' * n}\n" for n in (30, 5000)),
+        "trace" + ".a" * 5000 + " = 1\n",
+    ],
+    ids=lambda text: text[:20],
 )
 @pytest.mark.parametrize("file", ["config", "every_domain", "domain"])
 def test_nonsense_in_a_file_is_a_problem_and_no_trace(etc: FakeHost, text: str, file: str) -> None:

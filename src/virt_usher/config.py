@@ -7,7 +7,7 @@ All that is wrong is reported at once, as `file: table.key: message`.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from virt_usher.host import CONFIG_DIR, Host
 from virt_usher.vetting import vet as vet
 
 ALWAYS_ON = "reset_check"  # the one plugin that config.toml itself may switch
+DEEPEST = 20  # no file of ours needs more than five
 _TOP = {
     "config.toml": ("deadlines", "metadata", "plugins", "trace"),
     "every-domain.toml": ("plugins", "waive"),
@@ -70,6 +71,25 @@ class Settings:
 def domain_file(name: str) -> str:
     """Return the path of a domain's own file."""
     return f"{CONFIG_DIR}/domains/{name}.toml"
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """Read TOML; ValueError says what is wrong with it, nesting that would use up Python's stack too."""
+    deep = f"tables and lists are nested deeper than {DEEPEST}"
+    try:
+        content = tomllib.loads(text.decode())
+    except RecursionError:
+        raise ValueError(deep) from None
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in _inside(each)]
+    if level:
+        raise ValueError(deep)
+    return content
+
+
+def _inside(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def settings(host: Host, domain: Domain) -> Settings:
@@ -147,7 +167,7 @@ class _Merge:
         try:
             with open(self.host.path(file), "rb") as stream:
                 vet(self.host, file)
-                content = tomllib.load(stream)
+                content = parse(stream.read())
         except FileNotFoundError:
             return {}
         except UsherError as error:

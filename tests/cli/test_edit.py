@@ -135,7 +135,48 @@ def test_what_the_hook_would_refuse_is_not_written(
     assert pc.read(FILE) == COMMENTED.rstrip("\n")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../../shadow"])
+VERBS = {
+    "enable": ["governor"],
+    "disable": ["governor"],
+    "waive": ["0000:01:00.0", "reset", "why", "--device-id", "10de:1288"],
+}
+WAIVE = 'waive."0000:01:00.0"'
+
+
+@pytest.mark.parametrize(
+    ("text", "verbs", "complaint"),
+    [
+        ("plugins = 1\n", "enable disable waive", "plugins: must hold tables: [plugins.NAME]"),
+        ("plugins = []\n", "enable disable waive", "plugins: must hold tables: [plugins.NAME]"),
+        ("[[plugins]]\nx = 1\n", "enable disable waive", "plugins: must hold tables: [plugins.NAME]"),
+        ("waive = 1\n", "enable disable waive", 'waive: must hold tables: [waive."ADDRESS"]'),
+        ("plugins.governor = 3\n", "enable", "plugins.governor is no table"),
+        (f"{WAIVE} = 3\n", "waive", 'waive."0000:01:00.0" holds 3, which is no table'),
+        (f"{WAIVE} = [3]\n", "waive", 'waive."0000:01:00.0" holds 3, which is no table'),
+        ("a = " + "[" * 5000, "enable disable waive", "nested deeper than 20"),
+        ("a = " + "[" * 30 + "]" * 30, "enable disable waive", "nested deeper than 20"),
+        ("a." * 5000 + "b = 1\n", "enable disable waive", "nested deeper than 20"),
+    ],
+)
+def test_what_cannot_be_edited_is_named_with_file_and_key_and_left_as_it_is(
+    cli: Cli, pc: FakeHost, text: str, verbs: str, complaint: str
+) -> None:
+    pc.domain("guest", text)
+    for verb in verbs.split():
+        ran = cli(verb, "guest", *VERBS[verb])
+        assert (ran.status, f"virt-usher: {FILE}: " in ran.err) == (1, True), ran.err
+        assert complaint in ran.err
+        assert "mend the file by hand first" in ran.err
+        assert pc.read(FILE) == text.rstrip("\n")
+
+
+def test_bytes_that_are_no_text_are_named_with_the_file(cli: Cli, pc: FakeHost) -> None:
+    Path(pc.domain("guest", "").path(FILE)).write_bytes(b"# \xff\n")
+    ran = cli("enable", "guest", "governor")
+    assert (ran.status, f"virt-usher: {FILE}: 'utf-8' codec" in ran.err) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../../shadow", "\udcff", "a\nb"])
 def test_no_name_leads_out_of_the_folder(cli: Cli, pc: FakeHost, name: str) -> None:
     before = pc.snapshot()
     ran = cli("enable", name, "hugepages")

@@ -137,5 +137,31 @@ def test_without_a_name_all_domains_of_libvirt_are_planned(cli: Cli, pc: FakeHos
     assert (unknown.status, "libvirt knows no domain 'tset'" in unknown.err) == (1, True)
 
 
+@pytest.mark.parametrize("verb", [["plan"], ["pins"], ["devices", "--domain"]])
+@pytest.mark.parametrize("name", ["\udcff", "a\0b", "a/b"])
+def test_a_name_that_libvirt_cannot_know_is_said_to_be_none(
+    cli: Cli, libvirt: str, verb: list[str], name: str
+) -> None:
+    ran = (
+        cli(*verb, "--", name, uri=libvirt)
+        if verb != ["devices", "--domain"]
+        else cli(*verb, name, uri=libvirt)
+    )
+    assert ran.status == 1
+    assert "cannot be the name of a domain" in ran.err
+    assert "virsh list --all" in ran.err
+
+
+def test_a_file_that_is_nested_absurdly_deep_concerns_its_domain_alone(
+    cli: Cli, pc: FakeHost, libvirt: str, tmp_path: Path
+) -> None:
+    pc.domain("guest", "a=" + "[" * 5000).domain("test", "[plugins.governor]\n")
+    for words in (("plan", "--xml", xml_file(tmp_path, domain_xml("guest"))), ("doctor",)):
+        ran = cli(*words)
+        assert "domains/guest.toml: tables and lists are nested deeper than 20" in " ".join(ran.out.split())
+    assert cli("plan", uri=libvirt).status == 0
+    assert cli("plugins").status == 0
+
+
 def test_a_name_and_a_file_together_are_wrong_usage(cli: Cli, guest: str) -> None:
     assert cli("plan", "guest", "--xml", guest).status == 2

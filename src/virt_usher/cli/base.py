@@ -40,6 +40,17 @@ class Usher:
         return [j for j in found if j.exists]
 
 
+def check_name(name: str) -> None:
+    """Refuse what no domain of libvirt can be called, before it is asked or a file made."""
+    try:
+        good = bool(name.encode()) and not {"/", "\0", "\n"} & set(name)
+    except UnicodeEncodeError:  # a byte of the command line that is no UTF-8
+        good = False
+    if not good:
+        hint = "virsh list --all shows what libvirt knows: UTF-8 without a slash or a newline"
+        raise UsherError(f"{name!r} cannot be the name of a domain", hint)
+
+
 def complete_domain(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[str | CompletionItem]:

@@ -20,33 +20,37 @@ from virt_usher.errors import UsherError, printable
 from virt_usher.host import CONFIG_DIR, Host
 
 EVERY = f"{CONFIG_DIR}/every-domain.toml"
+BY_HAND = "mend the file by hand first; virt-usher plan shows what is wrong"
 
 
 class ConfigFile:
     """domains/NAME.toml, or every-domain.toml where the name is None; need not exist yet."""
 
     def __init__(self, host: Host, name: str | None) -> None:
-        if name is not None and (not name or "/" in name or "\0" in name):
-            raise UsherError(f"{name!r} cannot be the name of a domain")
+        if name is not None:
+            base.check_name(name)
         self.host = host
         self.path = EVERY if name is None else config.domain_file(name)
         self.before = ""
-        if host.exists(self.path):
-            config.vet(host, self.path)
-            with open(host.path(self.path), encoding="utf-8") as stream:
-                self.before = stream.read()
         try:
-            tomllib.loads(self.before)  # the parser of the hook has the last word
+            if host.exists(self.path):
+                config.vet(host, self.path)
+                with open(host.path(self.path), encoding="utf-8") as stream:
+                    self.before = stream.read()
+            config.parse(self.before.encode())  # the parser of the hook has the last word
             self.content = tomlkit.parse(self.before)
         except (TOMLKitError, ValueError) as error:
-            raise UsherError(f"{self.path}: {error}", "mend the file by hand first") from None
+            raise UsherError(f"{self.path}: {error}", BY_HAND) from None
+        for kind, like in (("plugins", "[plugins.NAME]"), ("waive", '[waive."ADDRESS"]')):
+            if not isinstance(self.content.get(kind, {}), MutableMapping):
+                raise UsherError(f"{self.path}: {kind}: must hold tables: {like}", BY_HAND)
 
     def table(self, kind: str, name: str) -> MutableMapping[str, Any]:
         """Return the table [kind.name] for changing; it is made where it is missing."""
         parent = self.content.setdefault(kind, tomlkit.table(is_super_table=True))
         found = parent.setdefault(name, tomlkit.table()) if isinstance(parent, MutableMapping) else None
         if not isinstance(found, MutableMapping):
-            raise UsherError(f"{self.path}: {kind}.{name} is no table", "mend the file by hand first")
+            raise UsherError(f"{self.path}: {kind}.{name} is no table", BY_HAND)
         table: MutableMapping[str, Any] = parent[name]  # what setdefault returned need not be the one kept
         return table
 
@@ -65,7 +69,9 @@ class ConfigFile:
         found = self.content.get(kind, {}).get(name)
         tables = list(found) if isinstance(found, list) else [found] if found else []
         for table in tables:
-            if isinstance(table, MutableMapping) and table.get(key, value) == value:
+            if not isinstance(table, MutableMapping):
+                raise UsherError(f'{self.path}: {kind}."{name}" holds {table!r}, which is no table', BY_HAND)
+            if table.get(key, value) == value:
                 return table
         if not tables:
             return self.table(kind, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from virt_usher.cli.base import check_name
 from virt_usher.errors import UsherError
 
 
@@ -45,6 +46,7 @@ class Guests:
         return domain is not None and bool(domain.isActive())
 
     def _find(self, name: str) -> Any:
+        check_name(name)
         try:
             return self._connection.lookupByName(name)
         except self._libvirt.libvirtError as error:

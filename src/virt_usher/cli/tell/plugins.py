@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from typing import Any
 
 from virt_usher import options
 from virt_usher.cli.edit import EVERY
-from virt_usher.config import ALWAYS_ON
+from virt_usher.config import ALWAYS_ON, parse
 from virt_usher.errors import UsherError
 from virt_usher.host import CONFIG_DIR, Host
 from virt_usher.plugins import PACKAGES_DIR, installed, load
@@ -26,7 +25,7 @@ def switches_of(host: Host) -> dict[str, dict[str, bool]]:
 def _switches(host: Host, path: str) -> dict[str, bool]:
     """Return plugin -> on from one file; doctor and plan tell of one that cannot be read."""
     try:
-        tables = tomllib.loads(host.get(path)).get("plugins", {})
+        tables = parse(host.get(path).encode("utf-8", "surrogateescape")).get("plugins", {})
         return {plugin: bool(table.get("enabled", True)) for plugin, table in tables.items()}
     except (ValueError, AttributeError):
         return {}
