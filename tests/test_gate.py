@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import ROOT
 
+from virt_usher.cli.tell.plan import tell
 from virt_usher.testing import FakeHost, domain_xml
 
 GATE = ROOT / "hooks.d/qemu"
@@ -299,3 +300,43 @@ def test_gate_and_hook_together_prepare_and_give_back(gate: Gate, pc: FakeHost) 
     assert refused.returncode == 1
     assert refused.stderr.startswith(b"\nvirt-usher refused to start")
     assert pc.pages(0)[0] == 0
+
+
+ADDRESS = "<address domain='0x0000' bus='0x01' slot='0x00' function='0x0'/>"
+CONCERNS = {
+    "nothing": "",
+    "an ordinary network": "<interface type='network'><source network='lan'/></interface>",
+    "a pool": "<interface type='network'><source network='vfs'/></interface>",
+    "USB": "<hostdev mode='subsystem' type='usb'/>",
+    "PCI": f"<hostdev mode='subsystem' type='pci'><source>{ADDRESS}</source></hostdev>",
+    "a network card": f"<interface type='hostdev'><source>{ADDRESS}</source></interface>",
+    "NVMe": f"<disk type='nvme' device='disk'><source type='pci'>{ADDRESS}</source></disk>",
+    "vfio by hand": "</devices><q:commandline xmlns:q='http://libvirt.org/schemas/domain/qemu/1.0'>"
+    "<q:arg value='-device'/><q:arg value='vfio-pci,host=01:00.0'/></q:commandline><devices>",
+    "metadata": "</devices><metadata><u:domain xmlns:u='urn:virt-usher:domain:1'/></metadata><devices>",
+}
+
+
+@pytest.mark.parametrize("what", CONCERNS)
+@pytest.mark.parametrize("marker", ["", "own", "every", "jnl"])
+def test_plan_says_of_every_domain_what_the_gate_does(
+    gate: Gate, pc: FakeHost, what: str, marker: str
+) -> None:
+    """A policy that is broken refuses all whom Python sees, and nobody else."""
+    for name, mode in (("lan", "nat"), ("vfs", "hostdev")):
+        pc.file(f"/etc/libvirt/qemu/networks/{name}.xml", f"<network><forward mode='{mode}'/></network>")
+    pc.config("broken")
+    if marker:
+        gate.marker(marker)
+        names = {"own": "/etc/virt-usher/domains/guest.toml", "every": "/etc/virt-usher/every-domain.toml"}
+        pc.file(names.get(marker, "/run/virt-usher/guest.jnl"), "")
+    xml = domain_xml("guest", body=f"<devices>{CONCERNS[what]}</devices>")
+    at_start = xml.replace(
+        b"<interface type='network'><source network='vfs'", b"<interface type='hostdev'><source"
+    )
+    looked = []
+    for operation, text in (("prepare", xml), ("start", at_start)):
+        gate.call("guest", operation, text)
+        looked.append(gate.started)
+    for text in (xml, xml.replace(b"'", b'"')):
+        assert tell(pc, "", text)["refused"] == any(looked), text

@@ -97,13 +97,13 @@ def settings(host: Host, domain: Domain) -> Settings:
     return _Merge(host, domain).result()
 
 
-def _is_pool(host: Host, network: str) -> bool:
-    """Tell whether a libvirt network hands out virtual functions, by libvirt's own files.
+def pools(host: Host, domain: Domain) -> list[str]:
+    """Return those of a domain's networks that hand out virtual functions, by libvirt's own files.
 
     Only for domains whose hook runs anyway: the gate starts Python at `start`, where the XML has them.
     """
-    files = (f"/etc/libvirt/qemu/networks/{network}.xml", f"/run/libvirt/network/{network}.xml")
-    return any("mode='hostdev'" in host.get(f) for f in files)
+    folders = ("/etc/libvirt/qemu/networks", "/run/libvirt/network")
+    return [n for n in domain.networks if any("mode='hostdev'" in host.get(f"{f}/{n}.xml") for f in folders)]
 
 
 class _Merge:
@@ -154,7 +154,7 @@ class _Merge:
     def gives_devices(self, domain: Domain) -> bool:
         """Tell whether a domain is given PCI devices, or may be out of a network's pool at `start`."""
         try:
-            return bool(domain.pci_devices) or any(_is_pool(self.host, n) for n in domain.networks)
+            return bool(domain.pci_devices) or bool(pools(self.host, domain))
         except UsherError as error:
             self.problems.append(error)
             return False

@@ -107,6 +107,21 @@ def test_a_domain_that_the_gate_lets_pass_is_not_refused(cli: Cli, pc: FakeHost,
     assert "does not even look at its start" in ran.out
 
 
+@pytest.mark.parametrize(
+    ("policy", "told"), [("", True), ("[plugins.reset_check]\nenabled = false\n", False)]
+)
+def test_what_a_pool_will_give_is_said_to_be_checked_at_start(
+    cli: Cli, pc: FakeHost, tmp_path: Path, policy: str, told: bool
+) -> None:
+    pc.config(policy)
+    pc.file("/etc/libvirt/qemu/networks/vfs.xml", "<network><forward mode='hostdev'/></network>")
+    body = '<devices><interface type="network"><source network="vfs"/></interface></devices>'
+    ran = cli("plan", "--xml", xml_file(tmp_path, domain_xml(body=body)))
+    assert ran.status == 0
+    assert "does not even look" not in ran.out
+    assert ("a device out of network vfs is checked at start" in ran.out) == told
+
+
 def test_the_off_switch_lets_every_start_pass(cli: Cli, pc: FakeHost, guest: str) -> None:
     pc.domain("guest", "broken").file("/etc/virt-usher/off", "")
     ran = cli("plan", "--xml", guest)

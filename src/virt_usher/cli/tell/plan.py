@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lxml import etree
+
 from virt_usher import config
 from virt_usher.actions import Note
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
 from virt_usher.host import CONFIG_DIR, RUN_DIR, Host
 from virt_usher.prepare import Plan, make_plan
-
-# What makes the gate look closer (hooks.d/qemu), if no file does.
-_SIGNS = (b"<hostdev", b"type='hostdev'", b"type='nvme'", b"vfio-pci", b"urn:virt-usher:")
 
 
 def tell(host: Host, name: str, xml: bytes, trace: bool = False) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def tell(host: Host, name: str, xml: bytes, trace: bool = False) -> dict[str, An
     first = make_plan(host, domain, settings, trace=calls.append)
     plans = {"prepare": first}
     plans |= {o: make_plan(host, domain, settings, o, calls.append) for o in first.later}
-    concerned = _concerned(host, domain.name, xml)
+    concerned = _concerned(host, domain)
     reasons = {p.message: p for o, plan in plans.items() if o != "started" for p in plan.problems}
     refused = bool(reasons) and concerned and not host.exists(f"{CONFIG_DIR}/off")
     return {
@@ -38,15 +37,35 @@ def tell(host: Host, name: str, xml: bytes, trace: bool = False) -> dict[str, An
         "steps": [step for o, plan in plans.items() for step in _steps(host, o, plan)],
         "waived": list(dict.fromkeys(text for plan in plans.values() for text in plan.waived)),
         "problems": [{"message": p.message, "hint": p.hint} for p in reasons.values()],
-        "notes": _notes(host, domain, concerned),
+        "notes": [*_notes(host, domain, concerned), *_at_start(host, domain, settings)],
         **({"trace": calls} if trace else {}),
     }
 
 
-def _concerned(host: Host, name: str, xml: bytes) -> bool:
-    """Tell whether the gate lets the start of this domain through to Python."""
-    marks = (config.domain_file(name), f"{CONFIG_DIR}/every-domain.toml", f"{RUN_DIR}/{name}.jnl")
-    return any(host.exists(m) for m in marks) or any(sign in xml for sign in _SIGNS)
+def _concerned(host: Host, domain: Domain) -> bool:
+    """Tell whether the gate (hooks.d/qemu) lets the start of this domain through to Python.
+
+    The gate looks for signs in what libvirt writes. A file of a person's own has other quotes, and what comes
+    out of a pool is in the XML of `start` alone.
+    """
+    marks = (
+        config.domain_file(domain.name),
+        f"{CONFIG_DIR}/every-domain.toml",
+        f"{RUN_DIR}/{domain.name}.jnl",
+    )
+    text = etree.tostring(domain.element)
+    return (
+        any(host.exists(m) for m in marks)
+        or any(sign in text for sign in (b"<hostdev", b"vfio-pci", b"urn:virt-usher:"))
+        or any(e.get("type") in ("hostdev", "nvme") for e in domain.element.iter("*"))
+        or bool(config.pools(host, domain))
+    )
+
+
+def _at_start(host: Host, domain: Domain, settings: config.Settings) -> list[str]:
+    """Name what nobody can know before libvirt has taken a device out of a pool."""
+    checks = {config.ALWAYS_ON, "pci"} & {p.name for p in settings.plugins}
+    return [f"a device out of network {n} is checked at start" for n in config.pools(host, domain) if checks]
 
 
 def _notes(host: Host, domain: Domain, concerned: bool) -> list[str]:
