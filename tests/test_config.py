@@ -308,6 +308,38 @@ def test_waivers_are_read_with_the_file_they_stand_in(etc: FakeHost) -> None:
     assert waiver.file == f"{ETC}/domains/guest.toml"
 
 
+AT, ID = "0000:01:00.0", "10de:13c2"
+SPELT = "is not a PCI address in the kernel's spelling"
+PAIR = "is not vendor:device such as 10de:1288"
+NONE = "is no problem that can be waived"
+
+
+@pytest.mark.parametrize(
+    ("address", "device", "problem", "told"),
+    [
+        ("01:00.0", ID, "in-use", f": {SPELT} (did you mean '0000:01:00.0'?)"),
+        ("0000:01:0A.0", ID, "in-use", f": {SPELT} (did you mean '0000:01:0a.0'?)"),
+        ("gpu", ID, "in-use", f": {SPELT} such as 0000:01:00.0"),
+        (AT, ID.upper(), "in-use", f".device: '10DE:13C2' {PAIR} (did you mean '10de:13c2'?)"),
+        (AT, "0x10de", "in-use", f".device: '0x10de' {PAIR}"),
+        (AT, ID, "in_use", f".problem: 'in_use' {NONE} (did you mean 'in-use'?): those are in-use, "),
+        (AT, ID, "data", f".problem: 'data' {NONE}: those are in-use, display, vfio, group, reset, silent"),
+    ],
+)
+@pytest.mark.parametrize("file", ["domain", "every_domain"])
+def test_a_waiver_that_can_match_nothing_is_a_mistake_with_file_and_key(
+    etc: FakeHost, file: str, address: str, device: str, problem: str, told: str
+) -> None:
+    text = f'[waive."{address}"]\ndevice = "{device}"\nproblem = "{problem}"\nreason = "r"\n'
+    etc.domain("guest", text) if file == "domain" else etc.every_domain(text)
+    found = of(etc)
+    assert found.waivers == ()
+    (mistake,) = found.problems
+    path = f"{ETC}/domains/guest.toml" if file == "domain" else f"{ETC}/every-domain.toml"
+    assert mistake.message.startswith(f'{path}: waive."{address}"{told}')
+    assert mistake.hint
+
+
 def test_deadlines_come_from_config_toml(etc: FakeHost) -> None:
     etc.config("[deadlines]\nstart = 7\nstop = 2.5\n")
     assert (of(etc).start, of(etc).stop) == (7.0, 2.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import virt_usher
-from virt_usher import Domain, hookspecs, options
+from virt_usher import Domain, ending, hookspecs, options
 from virt_usher.cli import author
 from virt_usher.dispatch import DEADLINES
 from virt_usher.host import Host
@@ -53,6 +53,11 @@ def test_every_name_a_plugin_may_import_is_in_the_guide() -> None:
     guide = text("docs/plugins.md")
     missing = [name for name in virt_usher.__all__ if not re.search(rf"`{name}\b", guide)]
     assert not missing
+
+
+def test_every_problem_that_can_be_waived_is_in_the_manual() -> None:
+    waivers = text("docs/admin.md").partition("## Waivers")[2].partition("\n## ")[0]
+    assert all(f"`{name}`" in waivers for name in ending.NAMES)
 
 
 def test_every_deadline_is_in_the_manual() -> None:

@@ -6,6 +6,7 @@ All that is wrong is reported at once, as `file: table.key: message`.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -53,7 +54,25 @@ class Waiver:
     device: str
     problem: str
     reason: str
-    file: str
+    file: str = ""
+
+    def mistakes(self) -> dict[str, str]:
+        """Return key -> why it matches nothing, whatever card is there; '' is the address."""
+        from virt_usher import ending, hostdev  # here: few domains have a waiver
+
+        found = {}
+        if (right := hostdev.canonical(self.address)) != self.address:
+            meant = f" (did you mean {right!r}?)" if right else " such as 0000:01:00.0"
+            found[""] = f"is not a PCI address in the kernel's spelling{meant}"
+        if not re.fullmatch("[0-9a-f]{4}:[0-9a-f]{4}", self.device):
+            small = self.device.lower()
+            meant = f" (did you mean {small!r}?)" if small != self.device else ""
+            found["device"] = f"{self.device!r} is not vendor:device such as 10de:1288{meant}"
+        if self.problem not in ending.NAMES:
+            known = ", ".join(ending.NAMES)
+            near = nearest(self.problem, list(ending.NAMES))
+            found["problem"] = f"{self.problem!r} is no problem that can be waived{near}: those are {known}"
+        return found
 
 
 @dataclass(frozen=True)
@@ -249,7 +268,14 @@ class _Merge:
                     "needs device, problem and reason, each a text, and nothing else",
                 )
                 continue
-            self.waivers[address, given["problem"]] = Waiver(address, file=file, **given)
+            waiver = Waiver(address, file=file, **given)
+            if wrong := waiver.mistakes():
+                for key, text in wrong.items():
+                    self.wrong(
+                        file, f'waive."{address}"{key and "."}{key}', text, "virt-usher waive writes one"
+                    )
+                continue
+            self.waivers[address, waiver.problem] = waiver
 
     def read_metadata(self, domain: Domain) -> None:
         """Take in the domain's own wishes. They may switch on, never off: see docs/design.md."""

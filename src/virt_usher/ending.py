@@ -15,6 +15,7 @@ from virt_usher.host.pci import Device
 from virt_usher.prepare import Plan
 
 WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
+NAMES = (*WAIVABLE, "reset", "silent")  # with those of reset_check: all that a waiver can name
 
 
 def problems(

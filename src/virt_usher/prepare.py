@@ -93,7 +93,7 @@ def make_plan(
                 allowed.append(found.about)
                 waived.append(f"{found.message}; waived: {waiver.reason}")
             else:
-                problems.append(UsherError(f"{name}: {found.message}", found.hint))
+                problems.append(UsherError(f"{name}: {found.message}{_void(found, settings)}", found.hint))
     items = [Planned(p.plugin, p.item if isinstance(p.item, Note) else p.item.waive(allowed)) for p in items]
     later: list[str] = []
     for other in _AFTER[operation]:
@@ -116,6 +116,12 @@ def _waiver(problem: Problem, settings: config.Settings) -> config.Waiver | None
             if (waiver.address, waiver.device, waiver.problem) == problem.about:
                 return waiver
     return None
+
+
+def _void(problem: Problem, settings: config.Settings) -> str:
+    """Name the waivers of a problem's device that are for another card, or another problem, than this."""
+    waivers = (w for w in settings.waivers if problem.about and w.address == problem.about[0])
+    return "".join(f"; void here: the waiver of {w.problem!r} of {w.device} in {w.file}" for w in waivers)
 
 
 def run(line: Line, journals: Journals, xml: bytes) -> None:

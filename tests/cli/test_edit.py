@@ -277,6 +277,11 @@ def test_a_waiver_binds_the_card_that_is_there(cli: Cli, pc: FakeHost) -> None:
         (["0000:01:00.0", "reset", "r"], "this host has no PCI device 0000:01:00.0"),
         (["1:0.0", "reset", "r"], "is not a PCI address"),
         (["0000:01:00.0", "reset", "r", "--device-id", "nvidia"], "is not vendor:device"),
+        (["0000:01:00.0", "rset", "r", "--device-id", "10de:1288"], "did you mean 'reset'?"),
+        (
+            ["0000:01:00.0", "data", "r", "--device-id", "10de:1288"],
+            "'data' is no problem that can be waived",
+        ),
     ],
 )
 def test_a_waiver_that_could_not_hold_is_not_written(

@@ -201,9 +201,15 @@ def test_a_waiver_lets_its_one_card_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("device", "problem"), [("8086:1e32", "reset"), ("8086:1e31", "silent")])
-def test_a_waiver_for_another_card_or_problem_is_void(device: str, problem: str, tmp_path: Path) -> None:
+def test_a_waiver_for_another_card_or_problem_is_void_and_said_to_be(
+    device: str, problem: str, tmp_path: Path
+) -> None:
     host = machine(tmp_path, "ivybridge").domain("guest", waiver(device, problem))
-    assert len(planned(host, domain_xml(body=hostdevs("00:14.0"))).problems) == 1
+    (found,) = planned(host, domain_xml(body=hostdevs("00:14.0"))).problems
+    where = "/etc/virt-usher/domains/guest.toml"
+    assert found.message.endswith(f"; void here: the waiver of {problem!r} of {device} in {where}")
+    (other,) = planned(host, domain_xml(body=hostdevs("00:1f.2"))).problems
+    assert "void" not in other.message
 
 
 def test_an_admin_may_choose_to_be_told_only(tmp_path: Path) -> None:

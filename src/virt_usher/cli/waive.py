@@ -8,12 +8,12 @@ import click
 
 from virt_usher.cli import base
 from virt_usher.cli.edit import ConfigFile, warn_if_unknown, who
+from virt_usher.config import Waiver
 from virt_usher.errors import UsherError
 from virt_usher.host import Host
 
 USAGE = "DOMAIN DEVICE PROBLEM REASON"
 _ADDRESS = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[01][0-9a-f]\.[0-7])")
-_DEVICE_ID = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
 
 
 @click.command(name="waive")
@@ -35,8 +35,8 @@ def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool, devic
     device, problem, reason = rest
     address = _address(device)
     identity = (device_id or _identity(usher.host, address)).lower()
-    if not _DEVICE_ID.fullmatch(identity):
-        raise UsherError(f"{identity!r} is not vendor:device such as 10de:1288", "lspci -n shows them")
+    if wrong := Waiver(address, identity, problem, reason).mistakes():
+        raise UsherError("; ".join(wrong.values()), "the refusal names the problem, and lspci -n the device")
     file = ConfigFile(usher.host, name)
     table = file.entry("waive", address, "problem", problem)
     table.update({"device": identity, "problem": problem, "reason": reason})
