@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,16 +68,30 @@ class Gate:
         stub.chmod(0o755)
 
     def call(
-        self, name: str, operation: str, xml: bytes = PLAIN, extra: str = "-"
+        self,
+        name: str,
+        operation: str,
+        xml: bytes = PLAIN,
+        extra: str = "-",
+        shell: tuple[str, ...] = (),
+        umask: int = 0o022,
     ) -> subprocess.CompletedProcess[bytes]:
         """Call the gate as libvirt does."""
         (self.root / "calls").unlink(missing_ok=True)
         done = subprocess.run(
-            [self.path, name, operation, "end" if operation in ("stopped", "release") else "begin", extra],
+            [
+                *shell,
+                self.path,
+                name,
+                operation,
+                "end" if operation in ("stopped", "release") else "begin",
+                extra,
+            ],
             input=xml,
             capture_output=True,
             timeout=60,
             env={"PATH": os.environ["PATH"]},
+            umask=umask,
         )
         assert done.stdout == b"", "stdout filters the XML of migrate and restore: it stays empty"
         return done
@@ -137,6 +152,46 @@ def test_python_starts_only_where_there_is_something_to_do(
             assert (gate.root / "stdin").read_bytes().rstrip(b"\n") == xml.rstrip(b"\n")
         if gate.started and operation == "release":
             assert (gate.root / "stdin").read_bytes() == b""
+
+
+SHELLS = [("sh",), ("dash",), ("bash", "--posix"), ("busybox", "sh")]
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda s: s[0])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_first_call_after_boot_is_noted_in_a_folder_as_python_makes_it(
+    gate: Gate, tmp_path: Path, operation: str, shell: tuple[str, ...]
+) -> None:
+    """/run is empty then, and no domain may ever need Python: doctor would say that nobody called."""
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    python = Path(FakeHost(tmp_path / "host").private_dir("/run"))
+    for umask in (0, 0o022, 0o277):
+        gate.run_dir.rmdir()
+        done = gate.call("guest", operation, shell=shell, umask=umask)
+        assert (done.returncode, done.stderr, gate.started) == (0, b"", False)
+        noted = operation in ("prepare", "start", "started", "release")
+        assert gate.run_dir.exists() == noted
+        if noted:
+            assert gate.run_dir.stat().st_mode == python.stat().st_mode
+            (gate.run_dir / ".called").unlink()
+            assert gate.call("guest", operation, shell=shell).stderr == b""
+            (gate.run_dir / ".called").unlink()
+        else:
+            gate.run_dir.mkdir()
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=lambda s: s[0])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_run_folder_that_cannot_be_made_is_nobodys_concern(
+    gate: Gate, operation: str, shell: tuple[str, ...]
+) -> None:
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    gate.run_dir.rmdir()
+    gate.run_dir.touch()
+    done = gate.call("guest", operation, shell=shell)
+    assert (done.returncode, done.stderr, gate.started) == (0, b"", False)
 
 
 def test_another_domains_markers_start_nothing(gate: Gate) -> None:
