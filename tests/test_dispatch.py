@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.conftest import ROOT, eventually
@@ -225,6 +228,59 @@ def test_a_hanging_stop_is_answered_at_the_deadline_and_finishes_later(pc: FakeH
     assert pc.read(GOVERNOR) == "performance"
     pc.resume()
     eventually(lambda: left(pc) == [], "the rest is given back")
+    assert not differences(before, pc.snapshot())
+
+
+# A /dev of one's own, of which only a few things are needed; all that is below it may be in /dev/shm.
+DEV = """
+mkdir -p "$1/shm"; touch "$1/null"; ln -s "$2" "$1/log"
+mount --make-rprivate /
+mount --bind /dev/null "$1/null"
+[ ! -d /dev/shm ] || mount --rbind /dev/shm "$1/shm"
+mount --rbind "$1" /dev
+"""
+CLONE_NEWNS = 0x20000
+
+
+def log_to(folder: Path, path: Path) -> None:
+    """Give this process, the hook's, a /dev/log that is this socket."""
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    subprocess.run(["/bin/sh", "-euc", DEV, "sh", folder, path], check=True)
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> socket.socket:
+    """A journald's socket, at tmp_path/log, whose queue is full and that reads nothing."""
+    if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode:
+        missing = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        missing("needs a mount namespace: unshare --mount")
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(os.fspath(tmp_path / "log"))
+    with contextlib.suppress(BlockingIOError):
+        while True:  # each from a socket of its own, or that one's buffer would be full first
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+                sender.sendto(b"x", os.fspath(tmp_path / "log"))
+    return receiver
+
+
+@pytest.mark.parametrize(("operation", "status"), [("prepare", 3), ("release", 0)])
+def test_a_stuck_journald_does_not_keep_libvirt_waiting(
+    pc: FakeHost, stuck: socket.socket, tmp_path: Path, operation: str, status: int
+) -> None:
+    pc.config("[deadlines]\nstart = 2\nstop = 2\n").domain("guest", "[plugins.governor]\n")
+    before = pc.snapshot()
+    if operation == "release":
+        run_hook(pc, "guest", "prepare")
+    hook = start_hook(pc, "guest", operation, prepare=lambda: log_to(tmp_path / "dev", tmp_path / "log"))
+    with stuck:
+        result = hook.wait(30)
+        assert result.status == status, result.stderr
+        assert ("was not ready in time" in result.stderr) == (operation == "prepare")
+        said = b""
+        while b"not ready in time" not in said:  # once somebody reads
+            stuck.settimeout(30)
+            said = stuck.recv(8192)
+    eventually(lambda: left(pc) == [], "the worker gives back what it took")
     assert not differences(before, pc.snapshot())
 
 

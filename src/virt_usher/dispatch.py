@@ -113,7 +113,7 @@ def _keep_deadline(event: Event, host: LiveHost) -> tuple[int, str]:
     if answer is None:
         answer = (
             f"virt-usher is still busy with '{printable(event.name)}' and was not ready in time\n"
-            f"  {printable(_abandon(event, host, pid))}\n"
+            f"  {printable(_abandon(event, host, pid, results))}\n"
             "  it gives back what it took as soon as it can; see: virt-usher status"
         )
     elif answer == "died" and event.may_refuse:
@@ -152,7 +152,7 @@ def _obituary(pid: int, event: Event) -> str:
     )
 
 
-def _abandon(event: Event, host: LiveHost, pid: int) -> str:
+def _abandon(event: Event, host: LiveHost, pid: int, results: int) -> str:
     """Leave a note in the journal that the worker goes on alone; what it holds stays claimed.
 
     Returns what the worker is doing.
@@ -167,8 +167,23 @@ def _abandon(event: Event, host: LiveHost, pid: int) -> str:
     step = next((s for s in reversed(steps) if not s.state), None)
     doing += f", at: {step.data.get('plugin')}: {step.data.get('what')}" if step else ""
     text = f"{event.operation}: not ready in time: {doing}: left alone"
-    log.say(log.ERROR, event.name, journal.start_id, text)
+    _log_apart(event.name, journal.start_id, text, results)
     return doing
+
+
+def _log_apart(name: str, start_id: str, text: str, results: int) -> None:
+    """Log an error from a process that nobody waits for.
+
+    syslog() blocks while journald is stuck and its queue is full, and so would libvirt.
+    """
+    with contextlib.suppress(OSError):  # no process to be had: the journal has it as well
+        if os.fork() == 0:
+            try:
+                _silence()
+                os.close(results)  # or the worker would not learn that nobody listens any more
+                log.say(log.ERROR, name, start_id, text)
+            finally:
+                os._exit(0)
 
 
 def _work(line: Line) -> NoReturn:
