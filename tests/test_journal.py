@@ -217,6 +217,66 @@ def test_the_kernels_own_spelling_of_our_value_is_still_ours(pc: FakeHost) -> No
     assert pc.read(epp) == "balance_performance"
 
 
+def _epp(host: FakeHost) -> str:
+    """Add a knob that reads 0 back as 'performance', 128 as 'balance_performance'."""
+    host.policy(9, cpus=[9], driver="intel_pstate")
+    path = "/sys/devices/system/cpu/cpufreq/policy9/energy_performance_preference"
+    host.write(path, "balance_power")
+    return path
+
+
+@pytest.mark.parametrize("chosen", ["", "power", "77"])
+def test_a_spelling_that_was_never_noted_is_asked_for(new_host: Callable[[], FakeHost], chosen: str) -> None:
+    """A start is killed wherever it can be, and what somebody else chose since is still his."""
+    for point in itertools.count(1):
+        host = furnish(new_host())
+        epp = _epp(host)
+        host.kill_at(point)
+        try:
+            hold(host, "guest", Write(epp, "0"))
+            break
+        except Killed:
+            host.kill_at(0)
+        if chosen:
+            host.write(epp, chosen)
+        assert let_go(host, "guest") == []
+        assert host.read(epp) == (chosen or "balance_power"), point
+    assert point > 2  # before and after the write
+
+
+@pytest.mark.parametrize("order", ["AB", "BA"])
+def test_a_spelling_that_was_never_noted_when_it_was_handed_on_is_asked_for(
+    new_host: Callable[[], FakeHost], order: str
+) -> None:
+    for point in itertools.count(1):
+        host = furnish(new_host())
+        epp = _epp(host)
+        hold(host, "A", Write(epp, "255"))
+        hold(host, "B", Write(epp, "0"))
+        assert host.read(epp) == "power"
+        host.kill_at(point)
+        try:
+            let_go(host, "A")
+            break
+        except Killed:
+            host.kill_at(0)
+        for name in order:
+            assert let_go(host, name) == []
+        assert host.read(epp) == "balance_power", point
+    assert point > 2  # before and after the write
+
+
+@pytest.mark.parametrize("write", range(1, 5))
+def test_a_spelling_that_a_full_run_had_no_room_for_is_asked_for(pc: FakeHost, write: int) -> None:
+    epp = _epp(pc)
+    pc.domain("guest", f'[plugins.sysfs]\nset = ["{epp} = 0"]\n')
+    pc.fail("/run/virt-usher/guest.jnl", errno.ENOSPC, -write)
+    run_hook(pc, "guest", "prepare")
+    pc.heal()
+    run_hook(pc, "guest", "release")
+    assert pc.read(epp) == "balance_power"
+
+
 def test_what_was_already_as_wanted_stays_as_it_is(pc: FakeHost) -> None:
     pc.write(GOVERNOR, "performance")
     hold(pc, "guest", Write(GOVERNOR, "performance"))

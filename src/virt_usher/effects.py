@@ -72,11 +72,13 @@ class Knob(Kind):
             return f"{path} is gone"  # and its number may be another process's
         try:
             now = chosen(host, path)
-            if now == target:
+            if now == target or (later and now == later[0].data.get("is")):
                 return ""
             passed = step.data.get("values", [])  # values of others, set by an undo that was killed
             ours = now in (step.data["new"], step.data.get("is"), *passed) or (not step.done and now == old)
-            if not ours:
+            # Killed after a write, and before it was noted how the kernel spells the value.
+            unnoted = passed if step.done else [step.data["new"], *passed]
+            if not ours and not any(_spelt(host, path, value, now) for value in unnoted):
                 return f"{path} is {now!r} and not ours any more: left alone"
             if later:
                 step.log("passed", values=[*passed, target])
@@ -107,6 +109,20 @@ def _set(host: LiveHost, path: str, value: str) -> dict[str, str]:
     host.write(path, value)
     seen = chosen(host, path)
     return {} if seen == value else {"is": seen}
+
+
+def _spelt(host: LiveHost, path: str, value: str, now: str) -> bool:
+    """Tell by writing it whether the kernel shows `value` as `now`; if not, `now` is put back."""
+    try:
+        host.write(path, value)
+    except OSError as error:
+        if error.errno != 22:  # EINVAL: no value of this knob
+            raise
+        return False
+    if chosen(host, path) == now:
+        return True
+    host.write(path, now)
+    return False
 
 
 class OneWay(Kind):
