@@ -44,8 +44,8 @@ class Unit(Kind):
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
         if stopping(host):
             return {"skipped": "the system is stopping"}
-        _bring(host, step.data["unit"], step.data["want"], deadline)
-        return {}
+        reached = _bring(host, step.data["unit"], step.data["want"], deadline)
+        return {"reached": reached} if reached != step.data["want"] else {}
 
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
@@ -56,9 +56,10 @@ class Unit(Kind):
             return f"{unit} is left as it is: the system is stopping"
         systemctl.settle(host, time.monotonic() + BACK)
         now = state(host, unit)
+        now = _SETTLES.get(now, now)
         if now == old:
             return ""
-        if now != step.data["want"] and step.done:
+        if now not in (step.data["want"], step.data.get("reached")) and step.done:
             return f"{unit} is {now} and not as we left it: left alone"
         # A unit that was restarted often has used up its start limit (systemd.unit, StartLimitBurst=).
         _systemctl(host, ["reset-failed", "--", unit], time.monotonic() + BACK)
@@ -82,8 +83,8 @@ def stopping(host: Host) -> bool:
     return _systemctl(host, ["is-system-running"], time.monotonic() + BACK) == "stopping"
 
 
-def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> None:
-    """Queue the job and wait for it, boundedly.
+def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> str:
+    """Queue the job and wait for it, boundedly; return the state reached: a stop may end in `failed`.
 
     --no-block, because a job that is ordered after libvirt waits for libvirt, which waits for us
     (a start at boot, before the daemon is ready).
@@ -91,20 +92,21 @@ def _bring(host: LiveHost, unit: str, want: str, deadline: float) -> None:
     verb = "start" if want == ACTIVE else "stop"
     now = state(host, unit)
     if now == want or (now == FAILED and want == INACTIVE):
-        return
+        return now
     if now == FAILED:  # until the job runs it would look as if the job had failed
         _systemctl(host, ["reset-failed", "--", unit], deadline)
     _systemctl(host, ["--no-block", verb, "--", unit], deadline)
     pause = 0.02
     while (now := state(host, unit)) != want and time.monotonic() + pause < deadline:
         if now == FAILED and want == INACTIVE:
-            return
+            return now
         if now == FAILED:
             raise UsherError(f"{unit} failed to {verb}", f"systemctl status {unit}")
         time.sleep(pause)
         pause = min(pause * 2, 0.5)
     if now != want:
         raise UsherError(f"{unit} is {now}, not {want}, in time", f"systemctl status {unit}")
+    return now
 
 
 def _systemctl(host: Host, arguments: list[str], deadline: float) -> str:

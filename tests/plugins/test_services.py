@@ -9,7 +9,8 @@ from tests.conftest import eventually
 
 from virt_usher.testing import FakeHost, domain_xml, run_hook
 
-# systemctl as far as it is used: one file per unit holds its state; stuck.service never changes.
+# systemctl as far as it is used: one file per unit holds its state; stuck.service never changes, and
+# moody.service exits with an error when it is stopped.
 SYSTEMCTL = """#!/bin/sh
 units=$(dirname "$0")/../../units
 echo "$*" >>"$units/.calls"
@@ -24,6 +25,7 @@ case $1 in
         case $2:$unit in
             *:stuck.service) ;;
             start:broken.service) echo failed >"$units/$unit" ;;
+            stop:moody.service) echo failed >"$units/$unit" ;;
             start:*) echo active >"$units/$unit" ;;
             stop:*) echo inactive >"$units/$unit" ;;
         esac ;;
@@ -41,6 +43,7 @@ def systemd(host: FakeHost) -> FakeHost:
         "greeter": "active",
         "broken": "inactive",
         "stuck": "active",
+        "moody": "active",
         "crashed": "failed",
     }
     for name, state in states.items():
@@ -97,6 +100,37 @@ def test_a_unit_somebody_else_changed_is_left_alone(systemd: FakeHost) -> None:
     systemd.file("/units/greeter.service", "failed")
     run_hook(systemd, "guest", "release")
     assert state(systemd, "greeter") == "failed"
+
+
+def test_a_unit_that_fails_while_it_is_stopped_is_started_again(systemd: FakeHost) -> None:
+    """As one does that exits non-zero on SIGTERM; two domains, of which the second finds it so."""
+    for name in ("one", "two"):
+        assert run_hook(systemd, name, "prepare", enable(systemd, name, 'stop = ["moody"]')).status == 0
+        assert state(systemd, "moody") == "failed"
+    run_hook(systemd, "one", "release")
+    assert state(systemd, "moody") == "failed"
+    run_hook(systemd, "two", "release")
+    assert state(systemd, "moody") == "active"
+
+
+@pytest.mark.parametrize(
+    ("option", "unit", "meanwhile", "then"),
+    [
+        ("start", "smb", "reloading", "inactive"),
+        ("start", "greeter", "reloading", "reloading"),
+        ("start", "smb", "deactivating", "deactivating"),
+        ("stop", "greeter", "deactivating", "active"),
+        ("stop", "greeter", "activating", "activating"),
+    ],
+)
+def test_a_unit_under_way_counts_as_where_it_goes(
+    systemd: FakeHost, option: str, unit: str, meanwhile: str, then: str
+) -> None:
+    run_hook(systemd, "guest", "prepare", enable(systemd, "guest", f'{option} = ["{unit}"]'))
+    systemd.file(f"/units/{unit}.service", meanwhile)
+    run_hook(systemd, "guest", "release")
+    assert state(systemd, unit) == then
+    assert "left alone" not in systemd.read("/var/lib/virt-usher/last/guest.jnl")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def _unit(host: LiveHost, step: Step, claims: list[Step]) -> Told:
         now = units.state(host, step.data["unit"])
     except (OSError, UsherError) as error:
         return {"original": step.data.get("old"), "wanted": wanted, "present": str(error)}
-    drift = step.done and now != wanted and "skipped" not in step.data
+    there = now in (wanted, step.data.get("reached"))
+    drift = step.done and not there and "skipped" not in step.data
     return {"original": step.data.get("old"), "wanted": wanted, "present": now, "drift": drift}
 
 
