@@ -76,6 +76,40 @@ def test_a_domain_waiting_for_its_qemu_keeps_its_pages_from_the_next(nodes: Fake
     assert nodes.pages(0) == (30, 20, 0)
 
 
+@pytest.mark.parametrize(
+    ("held", "reserved", "free_for_b"),
+    [
+        ({(0, 2048): 40}, 0, 60),  # all taken
+        ({(0, 2048): 20}, 20, 60),  # it is taking them: the rest is mapped, or is not yet
+        ({(0, 2048): 20}, 5, 60),
+        ({(0, 2048): 20}, 26, 54),  # 6 are another program's
+        ({(0, 2048): 39}, 0, 60),  # a balloon gave one back, for ever
+        ({}, 0, 60),
+        ({}, 40, 20),  # whose these are nobody can tell
+    ],
+)
+def test_what_another_qemu_has_still_to_take_counts_once(
+    nodes: FakeHost, held: dict[tuple[int, int], int], reserved: int, free_for_b: int
+) -> None:
+    hold(nodes, "A", AddPages(2048, 40, (0,)), uuid=UUIDS["A"])
+    nodes.qemu_runs("A", UUIDS["A"], held)
+    nodes.reserve(reserved)
+    with pytest.raises(UsherError, match=f"only {free_for_b} could be had"):
+        hold(nodes, "B", AddPages(2048, free_for_b + 1, (0,)), uuid=UUIDS["B"])
+    hold(nodes, "B", AddPages(2048, free_for_b, (0,)), uuid=UUIDS["B"])
+    assert nodes.pages(0)[0] == 100
+
+
+def test_what_a_qemu_of_two_nodes_lacks_may_be_on_either(nodes: FakeHost) -> None:
+    hold(nodes, "A", AddPages(2048, 20, (0,)), AddPages(2048, 20, (1,)), uuid=UUIDS["A"])
+    nodes.qemu_runs("A", UUIDS["A"], {(0, 2048): 20, (1, 2048): 5})
+    hold(nodes, "B", AddPages(2048, 40, (0,)), uuid=UUIDS["B"])
+    assert nodes.pages(0)[:2] == (75, 55)
+    let_go(nodes, "B")
+    hold(nodes, "B", AddPages(2048, 40, (0, 1)), uuid=UUIDS["B"])
+    assert nodes.pages(0)[1] + nodes.pages(1)[1] == 55
+
+
 def test_pages_that_others_have_reserved_do_not_count_as_free(nodes: FakeHost) -> None:
     nodes.resize(0, 10)
     nodes.reserve(6)

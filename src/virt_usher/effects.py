@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from virt_usher.host import Host, LiveHost
-    from virt_usher.journal import Step
+    from virt_usher.journal import Journal, Step
 
 
 class Kind:
@@ -181,23 +181,29 @@ class Pages(Kind):
 def available(host: LiveHost, pools: list[Pool], others: list[Step]) -> int:
     """Return the pages a domain may count on: free, less reserved, less others' needs.
 
-    Others' needs are those of domains whose QEMU has not taken its pages yet (they are taken
-    between `start` and `started`), or has gone while its pages are not given back yet.
+    Others' needs are what their QEMU has not taken yet (it does between `start` and `started`), or all
+    where it has gone and its pages are not given back yet. Of what it lacks a QEMU that takes its pages
+    has reserved most itself, which must not count twice.
     """
-    nodes = {p.node for p in pools}
-    waiting = (s for s in others if nodes & set(s.data["nodes"]) and not _has_its_pages(host, s))
-    promised = sum(int(s.data["pages"]) for s in waiting)
-    return sum(p.free for p in pools) - pools[0].reserved - promised
+    nodes, promised, mapped = {p.node for p in pools}, 0, 0
+    for journal in dict.fromkeys(
+        s.journal for s in others
+    ):  # first, or what is taken meanwhile counts as free
+        due = [s for s in others if s.journal is journal]
+        lacks, begun = _lacks(host, journal, pools[0].size_kib)
+        promised += min(lacks, sum(s.data["pages"] for s in due if nodes & set(s.data["nodes"])))
+        mapped += min(lacks, sum(s.data["pages"] for s in due)) if begun else 0
+    return sum(p.free for p in pools) - max(0, pools[0].reserved - mapped) - promised
 
 
-def _has_its_pages(host: LiveHost, step: Step) -> bool:
-    """Whether the QEMU of a step's domain holds all the huge pages the domain is due."""
-    due: int = sum(s.data["pages"] * s.data["size"] for s in step.journal.live() if s.kind == "pages")
-    pid = host.qemu(step.domain, step.journal.uuid)
+def _lacks(host: LiveHost, journal: Journal, size: int) -> tuple[int, bool]:
+    """Return how many pages a domain's QEMU has still to take, at most, and whether it has begun to."""
+    due: int = sum(s.data["pages"] * s.data["size"] for s in journal.live() if s.kind == "pages")
+    pid, held = host.qemu(journal.name, journal.uuid), 0
     for line in host.get(f"/proc/{pid}/status").splitlines() if pid else []:
         if line.startswith("HugetlbPages:"):
-            return int(line.split()[1]) >= due
-    return False
+            held = int(line.split()[1])
+    return -(-max(0, due - held) // size), held > 0
 
 
 def _grow(host: LiveHost, step: Step, pool: Pool, wanted: int, deadline: float) -> int:
