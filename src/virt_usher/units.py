@@ -50,7 +50,8 @@ class Unit(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         unit, old = step.data["unit"], step.data["old"]
-        if others or old not in (ACTIVE, INACTIVE):
+        # One with a cause is left over from a domain that has stopped, and wants nothing but its undo.
+        if any("cause" not in s.data for s in others) or old not in (ACTIVE, INACTIVE):
             return ""
         if stopping(host):
             return f"{unit} is left as it is: the system is stopping"
@@ -59,7 +60,8 @@ class Unit(Kind):
         now = _SETTLES.get(now, now)
         if now == old:
             return ""
-        if now not in (step.data["want"], step.data.get("reached")) and step.done:
+        tried = FAILED if "cause" in step.data else None  # an undo before this one may have left it so
+        if now not in (step.data["want"], step.data.get("reached"), tried) and step.done:
             return f"{unit} is {now} and not as we left it: left alone"
         # A unit that was restarted often has used up its start limit (systemd.unit, StartLimitBurst=).
         _systemctl(host, ["reset-failed", "--", unit], time.monotonic() + BACK)

@@ -113,6 +113,38 @@ def test_a_unit_that_fails_while_it_is_stopped_is_started_again(systemd: FakeHos
     assert state(systemd, "moody") == "active"
 
 
+def test_a_unit_that_does_not_come_back_is_tried_again(systemd: FakeHost) -> None:
+    run_hook(systemd, "guest", "prepare", enable(systemd, "guest", 'stop = ["greeter"]'))
+    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
+    systemd.file("/usr/bin/systemctl", fails, 0o755)
+    for _ in range(2):
+        run_hook(systemd, "guest", "release")
+        assert "greeter.service failed to start" in systemd.journal("guest")
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
+    run_hook(systemd, "guest", "release")
+    assert (state(systemd, "greeter"), systemd.journal("guest")) == ("active", "")
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_a_stopped_domain_could_not_put_back_keeps_no_unit_down(systemd: FakeHost, anew: bool) -> None:
+    """The unit would not start when one stopped, and one may start anew without it, before two comes."""
+    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'stop = ["greeter"]'))
+    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
+    systemd.file("/usr/bin/systemctl", fails, 0o755)
+    run_hook(systemd, "one", "release")
+    if anew:
+        assert run_hook(systemd, "one", "prepare", enable(systemd, "one", 'start = ["smb"]')).status == 0
+    assert "failed to start" in systemd.journal("one")
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755).file("/units/greeter.service", "active")
+    run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["greeter"]'))
+    assert state(systemd, "greeter") == "inactive"
+    run_hook(systemd, "two", "release")
+    assert state(systemd, "greeter") == "active"
+    run_hook(systemd, "one", "release")
+    assert (systemd.journal("one"), systemd.journal("two")) == ("", "")
+    assert (state(systemd, "greeter"), state(systemd, "smb")) == ("active", "inactive")
+
+
 @pytest.mark.parametrize(
     ("option", "unit", "meanwhile", "then"),
     [
