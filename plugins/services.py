@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from virt_usher import Action, Domain, Host, KeepUnit, Plan, Problem, UsherError, hookimpl, option
-from virt_usher.units import state
+from virt_usher.units import own_name, state
 
 SLEEP_UNIT = "virt-usher-nosleep.service"
 
@@ -22,10 +22,10 @@ class Plugin:
 
     @hookimpl
     def usher_prepare(self, domain: Domain, host: Host) -> Iterator[Action]:
-        for unit in self.stop:
-            yield KeepUnit(_whole(unit), active=False)
-        for unit in self.start:
-            yield KeepUnit(_whole(unit), active=True)
+        for unit in _units(host, self.stop):
+            yield KeepUnit(unit, active=False)
+        for unit in _units(host, self.start):
+            yield KeepUnit(unit, active=True)
         if self.inhibit_sleep:
             yield KeepUnit(SLEEP_UNIT, active=True)
 
@@ -34,8 +34,8 @@ class Plugin:
         if not host.exists("/run/systemd/system"):
             yield Problem("systemd does not run here, so there are no units to start or stop")
             return
-        both = {_whole(u) for u in self.start} & {_whole(u) for u in self.stop}
-        for unit in sorted(both):
+        stop = _units(host, self.stop)
+        for unit in (u for u in _units(host, self.start) if u in stop):
             yield Problem(f"{unit} is to be both started and stopped")
         for action in plan.actions:
             if isinstance(action, KeepUnit):
@@ -45,5 +45,7 @@ class Plugin:
                     yield Problem(error.message, error.hint)
 
 
-def _whole(unit: str) -> str:
-    return unit if "." in unit else f"{unit}.service"
+def _units(host: Host, names: list[str]) -> list[str]:
+    """Return each unit once, by its own name: domains may call one unit by two."""
+    whole = (name if "." in name else f"{name}.service" for name in names)
+    return list(dict.fromkeys(own_name(host, name) for name in whole))

@@ -13,6 +13,7 @@ from virt_usher.errors import typed
 from virt_usher.host import Host, console, users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.prepare import Plan
+from virt_usher.units import own_name
 
 WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
 NAMES = (*WAIVABLE, "reset", "silent")  # with those of reset_check: all that a waiver can name
@@ -53,11 +54,8 @@ def releases(actions: Collection[Action]) -> bool:
 def _ends(host: Host, actions: Collection[Action], user: users.User) -> bool:
     if user.console:
         return releases(actions)
-    units = stopped(actions)
-    manager = host.link(f"/etc/systemd/system/{users.MANAGER}")
-    if units & {manager, users.MANAGER}:
-        units |= {manager, users.MANAGER}
-    return bool(user.units) and all(names & units for names in user.units)
+    units = {own_name(host, unit) for unit in stopped(actions)}
+    return bool(user.units) and all(units & {own_name(host, n) for n in names} for names in user.units)
 
 
 def _plugin(plan: Plan, action: Action) -> str:

@@ -6,6 +6,7 @@ enabled at boot is never touched.
 
 from __future__ import annotations
 
+import os
 import time
 
 from virt_usher import children, systemctl
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 ACTIVE, INACTIVE, FAILED = "active", "inactive", "failed"
 _SETTLES = {"activating": ACTIVE, "reloading": ACTIVE, "refreshing": ACTIVE, "deactivating": INACTIVE}
 BACK = 5.0  # seconds that a release waits for a unit
+# Where systemd looks for units, in this order (systemd.unit); a link may call /usr/lib by its old name.
+_FOLDERS = (
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/run/systemd/generator",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+    "/run/systemd/generator.late",
+)
+_LINKS = 8  # from one alias to the next
 
 
 class Unit(Kind):
@@ -78,6 +90,19 @@ def state(host: Host, unit: str) -> str:
     if lines.get("LoadState") == "not-found":
         raise UsherError(f"there is no unit {unit}", "systemctl list-unit-files shows them")
     return lines.get("ActiveState", "unknown")
+
+
+def own_name(host: Host, unit: str, links: int = _LINKS) -> str:
+    """Return a unit's own name where an alias was given: a link to another unit, as display-manager is."""
+    for folder in _FOLDERS:
+        if target := host.target(f"{folder}/{unit}"):
+            where, name = os.path.split(os.path.normpath(os.path.join(folder, target)))
+            # One to the same name, to /dev/null or out of these folders is no alias.
+            alias = links > 0 and name != unit and where in _FOLDERS
+            return own_name(host, name, links - 1) if alias else unit
+        if host.exists(f"{folder}/{unit}"):
+            break
+    return unit
 
 
 def stopping(host: Host) -> bool:

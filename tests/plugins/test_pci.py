@@ -404,17 +404,22 @@ def with_units(host: PciHost, plugins: str, *, obeys: bool = True) -> int:
     gone = host.path(f"/proc/{pid}")
     script = test_services.SYSTEMCTL.replace("stop:*)", f"stop:*) rm -r '{gone}';" if obeys else "stop:*)")
     host.file("/usr/bin/systemctl", script, 0o755).file("/run/systemd/system/.keep")
-    host.link_to("/etc/systemd/system/display-manager.service", "/lib/systemd/system/gdm.service")
+    host.link_to("/etc/systemd/system/display-manager.service", "/lib/systemd/system/gdm3.service")
+    host.link_to("/usr/lib/systemd/system/gdm3.service", "gdm.service")
     host.file("/units/.system", "running").file("/units/.calls")
-    for name in ("gdm", "display-manager"):
-        host.file(f"/units/{name}.service", "active")
+    host.file("/units/gdm.service", "active")
     host.domain("guest", plugins)
     return pid
 
 
-@pytest.mark.parametrize("unit", ["gdm", "display-manager"])
-def test_a_process_whose_unit_the_plan_stops_first(pc: PciHost, unit: str) -> None:
-    with_units(pc, f'[plugins.services]\nstop = ["{unit}"]\n[plugins.pci]\n')
+@pytest.mark.parametrize("unit", ["gdm", "gdm3", "display-manager"])
+@pytest.mark.parametrize("session", [False, True])
+def test_a_process_whose_unit_the_plan_stops_first(pc: PciHost, unit: str, session: bool) -> None:
+    """Debian's gdm has three names; a process of a session ends with the display manager."""
+    pid = with_units(pc, f'[plugins.services]\nstop = ["{unit}"]\n[plugins.pci]\n')
+    if session:
+        pc.file(f"/proc/{pid}/cgroup", "0::/user.slice/user-1000.slice/session-2.scope")
+        pc.file("/run/systemd/sessions/2", "UID=1000\nTYPE=wayland\n")
     result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
     assert result.status == 0, result.stderr
     assert pc.driver_of(GPU) == "vfio-pci"

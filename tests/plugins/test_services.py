@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import eventually
 
 from virt_usher.testing import FakeHost, domain_xml, run_hook
+from virt_usher.units import own_name
 
 # systemctl as far as it is used: one file per unit holds its state; stuck.service never changes, and
 # moody.service exits with an error when it is stopped.
@@ -125,6 +126,46 @@ def test_a_unit_that_does_not_come_back_is_tried_again(systemd: FakeHost) -> Non
     assert (state(systemd, "greeter"), systemd.journal("guest")) == ("active", "")
 
 
+@pytest.mark.parametrize("names", [("greeter", "login"), ("login", "greeter"), ("login", "screen")])
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_names_of_one_unit_are_one_claim(systemd: FakeHost, names: tuple[str, str], first: int) -> None:
+    systemd.link_to("/etc/systemd/system/login.service", "/lib/systemd/system/screen.service")
+    systemd.link_to("/usr/lib/systemd/system/screen.service", "greeter.service")
+    for name in names:
+        run_hook(systemd, name, "prepare", enable(systemd, name, f'stop = ["{name}"]'))
+    assert len(calls(systemd, "--no-block stop")) == 1
+    run_hook(systemd, names[first], "release")
+    assert state(systemd, "greeter") == "inactive"
+    run_hook(systemd, names[1 - first], "release")
+    assert state(systemd, "greeter") == "active"
+
+
+@pytest.mark.parametrize(
+    ("links", "name"),
+    [
+        ({}, "a"),
+        ({"/etc": "/lib/systemd/system/b.service"}, "b"),
+        ({"/usr/lib": "b.service"}, "b"),
+        ({"/usr/lib": "./../system/b.service"}, "b"),
+        ({"/etc": "/usr/lib/systemd/system/a.service", "/usr/lib": "b.service"}, "a"),  # another's is hidden
+        ({"/etc": "/dev/null", "/usr/lib": "b.service"}, "a"),  # masked
+        ({"/etc": "/opt/app/a-1.2.service"}, "a"),  # systemctl link
+        ({"/etc": "a.service"}, "a"),
+        ({"/run": "b.service", "/usr/lib": "c.service"}, "b"),
+    ],
+)
+def test_an_alias_is_a_link_to_another_unit(host: FakeHost, links: dict[str, str], name: str) -> None:
+    for folder, target in links.items():
+        host.link_to(f"{folder}/systemd/system/a.service", target)
+    assert own_name(host, "a.service") == f"{name}.service"
+
+
+def test_aliases_in_a_circle_come_to_an_end(host: FakeHost) -> None:
+    host.link_to("/etc/systemd/system/a.service", "b.service")
+    host.link_to("/etc/systemd/system/b.service", "a.service")
+    assert own_name(host, "a.service") in ("a.service", "b.service")
+
+
 @pytest.mark.parametrize("anew", [False, True])
 def test_what_a_stopped_domain_could_not_put_back_keeps_no_unit_down(systemd: FakeHost, anew: bool) -> None:
     """The unit would not start when one stopped, and one may start anew without it, before two comes."""
@@ -186,7 +227,8 @@ def test_a_unit_that_had_failed_is_brought_and_put_back_to_rest(
         ('start = ["nosuch"]', "there is no unit nosuch.service"),
         ('start = ["broken"]', "broken.service failed to start"),
         ('stop = ["stuck"]', "stuck.service is active, not inactive, in time"),
-        ('start = ["smb"]\nstop = ["smb.service"]', "both started and stopped"),
+        ('start = ["smb"]\nstop = ["smb.service"]', "smb.service is to be both started and stopped"),
+        ('start = ["smb"]\nstop = ["samba"]', "smb.service is to be both started and stopped"),
         ("start = 5", "is not a list"),
     ],
 )
@@ -194,6 +236,7 @@ def test_a_unit_that_cannot_be_brought_refuses_the_start(
     systemd: FakeHost, options: str, reason: str
 ) -> None:
     systemd.config("[deadlines]\nstart = 2\n")
+    systemd.link_to("/etc/systemd/system/samba.service", "/usr/lib/systemd/system/smb.service")
     result = run_hook(systemd, "guest", "prepare", enable(systemd, "guest", options))
     assert result.status != 0
     assert reason in result.stderr
