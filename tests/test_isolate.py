@@ -350,6 +350,53 @@ def test_user_slice_is_confined_before_anybody_logs_in(pc8: CpuHost) -> None:
     assert cgroup.effective(pc8, "user.slice") == ALL
 
 
+@pytest.mark.parametrize("unit", ["custom.slice", "late.slice", "batch.service"])
+@pytest.mark.parametrize("meanwhile", ["", "stops", "starts", "stops and starts"])
+def test_a_unit_that_is_stopped_at_the_release_comes_back_as_it_was(
+    pc8: CpuHost, unit: str, meanwhile: str
+) -> None:
+    """custom.slice is confined by the admin; another domain may start and stop while it is away."""
+    if unit != "custom.slice":
+        pc8.unit(unit)
+    own = ADMINS.get(unit, ALL)
+    start(pc8, "one", "2,6")
+    shutil.rmtree(pc8.path(f"{cgroup.CGROUP}/{unit}"))
+    if "starts" in meanwhile:
+        start(pc8, "two", "3")
+    if "stops" in meanwhile:
+        start(pc8, "three", "1")
+        stop(pc8, "three")
+    assert cgroup.allowed(pc8, unit, ALL) == own - {2, 6} - ({3} if "starts" in meanwhile else set())
+    stop(pc8, "one")
+    if "starts" in meanwhile:
+        assert cgroup.allowed(pc8, unit, ALL) == own - {3}
+        stop(pc8, "two")
+    assert pc8.property(unit) == cpulist.show(ADMINS.get(unit, ()))
+    assert not any(pc8.exists(d) for d in cgroup.drop_ins(unit))
+    pc8.unit(unit).systemctl("daemon-reload")
+    assert cgroup.effective(pc8, unit) == own
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_unit_that_takes_no_property_any_more_is_kept_only_if_it_may_come_back(
+    pc8: CpuHost, lost: bool
+) -> None:
+    """Its file is gone, or it is masked; else systemd only would not answer now."""
+    pc8.unit("batch.service")
+    start(pc8, "one", "2,6")
+    shutil.rmtree(pc8.path(f"{cgroup.CGROUP}/batch.service"))
+    trouble = "/.kernel/units/.lost.batch.service" if lost else "/.kernel/units/.refuses"
+    pc8.file(trouble)
+    stop(pc8, "one")
+    assert bool(pc8.journal("one")) != lost
+    Path(pc8.path(trouble)).unlink()
+    stop(pc8, "one")
+    assert not pc8.journal("one")
+    assert not any(pc8.exists(d) for d in cgroup.drop_ins("batch.service"))
+    if not lost:
+        assert pc8.property("batch.service") == ""
+
+
 def test_a_systemctl_that_outlives_its_hook_does_not_have_the_last_word(pc8: CpuHost) -> None:
     xml = isolate(pc8, "one", "2,6")
     pc8.file("/.kernel/units/.slow")

@@ -157,6 +157,7 @@ def _moves(
     part, every, was = live[0].data["part"], every_cpu(host), _originals(live)
     isolated = frozenset[int]().union(*(_cpus(s) for s in holding if not s.failed))
     spared, now = {n for s in holding for n in s.data["spare"]}, PARTS[part].look(host)
+    now |= PARTS[part].away(host, was.keys() - now.keys())
     moves: dict[str, Cpus] = {}
     foreign: dict[str, Cpus] = {}
     for name, original in (was | _inherited(host, part, now, was, live)).items():

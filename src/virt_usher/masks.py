@@ -15,6 +15,7 @@ from virt_usher.host import cgroup, irq, irqbalance
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
     from virt_usher.host import Host, LiveHost
@@ -59,6 +60,11 @@ class Masks:
                 if host.exists(path):  # else an interrupt that was freed since it was listed
                     raise
         return found
+
+    @classmethod
+    def away(cls, host: Host, names: Collection[str]) -> dict[str, Cpus]:
+        """Return name -> CPUs of those masks that are not there, and would come back as we left them."""
+        return {}
 
     @classmethod
     def settle(cls, host: LiveHost, deadline: float) -> None:
@@ -164,6 +170,11 @@ class Units(Masks):
         return {unit: cgroup.allowed(host, unit, every) for unit in cgroup.units(host)}
 
     @classmethod
+    def away(cls, host: Host, names: Collection[str]) -> dict[str, Cpus]:
+        every = every_cpu(host)
+        return {u: cgroup.allowed(host, u, every) for u in names if any(map(host.exists, cgroup.drop_ins(u)))}
+
+    @classmethod
     def settle(cls, host: LiveHost, deadline: float) -> None:
         systemctl.settle(host, deadline)
 
@@ -192,7 +203,12 @@ class Units(Masks):
         for unit, cpus in moves.items():
             back = cpus == (cpulist.parse(was[unit][0]) or every)
             text = was[unit][0] if back and (was[unit][0] or _complete(host)) else cpulist.show(cpus)
-            _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
+            try:
+                _systemctl(host, ["--runtime", "set-property", "--", unit, f"AllowedCPUs={text}"], deadline)
+            except UsherError:
+                if was[unit][1] or not _lost(host, unit, deadline):
+                    raise
+                _remove_drop_ins(host, unit)
         for unit, cpus in moves.items():
             _arrive(host, unit, cpus, deadline)
         return {}
@@ -200,17 +216,29 @@ class Units(Masks):
     @classmethod
     def tidy(cls, host: LiveHost, was: Originals) -> None:
         now, every, complete = cls.look(host), every_cpu(host), _complete(host)
+        now |= cls.away(host, was.keys() - now.keys())
         for unit, (cpus, had_one) in was.items():
             if complete and not had_one and now.get(unit, every) == (cpulist.parse(cpus) or every):
-                for path in map(host.path, cgroup.drop_ins(unit)):
-                    # systemd's own idea of it is what it was, and forgets the file at its next reload.
-                    with contextlib.suppress(OSError):
-                        os.unlink(path)
-                        os.rmdir(os.path.dirname(path))
+                # systemd's own idea of it is what it was, and forgets the file at its next reload.
+                _remove_drop_ins(host, unit)
 
     @classmethod
     def short(cls, name: str) -> str:
         return name
+
+
+def _remove_drop_ins(host: LiveHost, unit: str) -> None:
+    for path in map(host.path, cgroup.drop_ins(unit)):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+
+
+def _lost(host: LiveHost, unit: str, deadline: float) -> bool:
+    """Whether a unit does not run and systemd has no file of it, or a masked one: it takes no property."""
+    if host.exists(f"{cgroup.CGROUP}/{unit}"):
+        return False
+    return _systemctl(host, ["show", "-p", "LoadState", "--", unit], deadline) != "LoadState=loaded"
 
 
 def _open_up(host: LiveHost, unit: str, every: Cpus) -> None:

@@ -63,6 +63,11 @@ drop_in() {
 }
 case $1 in
     show)
+        case $* in *LoadState*)
+            for unit; do :; done
+            if [ -e "$units/.lost.$unit" ]; then echo LoadState=not-found; else echo LoadState=loaded; fi
+            exit ;;
+        esac
         while [ "$1" != -- ]; do shift; done
         shift
         for unit; do
@@ -73,6 +78,7 @@ case $1 in
     --runtime)
         unit=$4 value=${5#AllowedCPUs=}
         [ ! -e "$units/.slow" ] || sleep 1
+        if [ -e "$units/.lost.$unit" ]; then echo "Failed: Unit $unit not found."; exit 1; fi
         if [ -e "$units/.refuses" ]; then echo "Failed to set unit properties"; exit 1; fi
         drop_in "$unit"
         mkdir -p "$folder"
