@@ -322,8 +322,8 @@ NONE = "is no problem that can be waived"
         ("gpu", ID, "in-use", f": {SPELT} such as 0000:01:00.0"),
         (AT, ID.upper(), "in-use", f".device: '10DE:13C2' {PAIR} (did you mean '10de:13c2'?)"),
         (AT, "0x10de", "in-use", f".device: '0x10de' {PAIR}"),
-        (AT, ID, "in_use", f".problem: 'in_use' {NONE} (did you mean 'in-use'?): those are in-use, "),
-        (AT, ID, "data", f".problem: 'data' {NONE}: those are in-use, display, vfio, group, reset, silent"),
+        (AT, ID, "in_use", f".problem: 'in_use' {NONE} (did you mean 'in-use'?): ours are in-use, "),
+        (AT, ID, "data", f".problem: 'data' {NONE}: ours are in-use, display, vfio, group, reset, silent"),
     ],
 )
 @pytest.mark.parametrize("file", ["domain", "every_domain"])

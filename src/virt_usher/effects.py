@@ -186,9 +186,8 @@ def available(host: LiveHost, pools: list[Pool], others: list[Step]) -> int:
     has reserved most itself, which must not count twice.
     """
     nodes, promised, mapped = {p.node for p in pools}, 0, 0
-    for journal in dict.fromkeys(
-        s.journal for s in others
-    ):  # first, or what is taken meanwhile counts as free
+    # Before `free` is looked at, or what is taken meanwhile counts as free.
+    for journal in dict.fromkeys(s.journal for s in others):
         due = [s for s in others if s.journal is journal]
         lacks, begun = _lacks(host, journal, pools[0].size_kib)
         promised += min(lacks, sum(s.data["pages"] for s in due if nodes & set(s.data["nodes"])))

@@ -16,7 +16,8 @@ from virt_usher.prepare import Plan
 from virt_usher.units import own_name
 
 WAIVABLE = (users.USE, users.DISPLAY, vfio.WAIVABLE, "group")
-NAMES = (*WAIVABLE, "reset", "silent")  # with those of reset_check: all that a waiver can name
+NAMES = (*WAIVABLE, "reset", "silent")  # with those of reset_check: all of ours that a waiver can name
+NEVER = (users.DATA, users.GUEST, users.VFS, vfio.FINAL)
 
 
 def problems(
