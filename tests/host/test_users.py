@@ -423,6 +423,13 @@ def virtual_functions(host: PciHost) -> None:
     host.file(f"/sys/bus/pci/devices/{A}/sriov_numvfs", "2")
 
 
+def a_desktop(host: PciHost) -> None:
+    host.file("/run/systemd/sessions/2", "UID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user")
+    host.file("/var/lib/systemd/linger/somebody")
+    manager = "/user.slice/user-1000.slice/user@1000.service/session.slice/kwin.service"
+    graphics(host, enabled="disabled").runs("kwin", "/dev/dri/card0", cgroup=manager)
+
+
 def a_program(host: PciHost) -> None:
     pid = graphics(host, enabled="disabled").runs("ffmpeg", "/dev/dri/renderD200")
     host.file(f"/proc/{pid}/fdinfo/0", f"pos:\t0\ndrm-pdev:\t{A}")
@@ -430,55 +437,27 @@ def a_program(host: PciHost) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [*DISKS, a_way_out, a_picture_and_a_console, a_keyboard, virtual_functions, a_program],
+    [*DISKS, a_way_out, a_picture_and_a_console, a_keyboard, virtual_functions, a_program, a_desktop],
     ids=lambda f: str(f.__name__),
 )
 def test_what_cannot_be_read_is_no_sign_that_nobody_uses_it(
     tmp_path: Path, case: Callable[[PciHost], None]
 ) -> None:
     """Whichever file or directory it is, the same use is found, or the start refused."""
+
+    def seen() -> list[tuple[str, object]]:
+        return [(u.problem, u.units) for u in users.find(host, [A])]
+
     case(host := make(tmp_path))
-    ((use, _),) = found(host)
+    use = seen()
+    assert len(use) == 1
     refused = 0
     for on in ("read", "list"):
         for nth in range(1, 100):
             host.heal().fail("*", errno.EIO, nth, on=on)
             try:
-                assert [problem for problem, _ in found(host)] == [use]
+                assert seen() == use
             except OSError as error:
                 refused += 1
                 assert error.filename  # noqa: PT017  # either may be
     assert refused > 3
-
-
-# -- which units' stop ends a process
-
-
-def units(host: PciHost, cgroup: str) -> list[frozenset[str]]:
-    graphics(host, enabled="disabled").runs("kwin", "/dev/dri/card0", cgroup=cgroup)
-    return [names for user in users.find(host, [A]) for names in user.units]
-
-
-def test_a_process_of_a_service(tmp_path: Path) -> None:
-    (names,) = units(make(tmp_path, kind=VGA), "/system.slice/nvidia-persistenced.service")
-    assert names == {"nvidia-persistenced.service"}
-
-
-@pytest.mark.parametrize(
-    "cgroup",
-    [
-        "/user.slice/user-1000.slice/session-2.scope",
-        "/user.slice/user-1000.slice/user@1000.service/session.slice/org.gnome.Shell@wayland.service",
-    ],
-)
-@pytest.mark.parametrize(("kind", "ends"), [("wayland", True), ("x11", True), ("tty", False)])
-def test_a_graphical_session_ends_with_the_display_manager(
-    tmp_path: Path, cgroup: str, kind: str, ends: bool
-) -> None:
-    host = make(tmp_path, kind=VGA)
-    host.file("/run/systemd/sessions/2", f"# private\nUID=1000\nUSER=jo\nTYPE={kind}\nCLASS=user")
-    host.file("/run/systemd/sessions/7", "UID=1001\nTYPE=wayland")
-    (names,) = units(host, cgroup)
-    assert ("display-manager.service" in names) == ends
-    hint = users.find(host, [A])[0].hint
-    assert hint.startswith("systemctl stop display-manager.service" if ends else "end it: kill ")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tests.plugins import test_services
 
-from virt_usher import BindDriver
-from virt_usher.prepare import Plan
+from virt_usher import BindDriver, Domain
+from virt_usher.config import settings
+from virt_usher.prepare import Plan, make_plan
 from virt_usher.testing import ask, domain_xml, run_hook
 from virt_usher.testing.pci import PciHost
 
@@ -467,3 +468,38 @@ def test_a_process_that_the_plan_does_not_end_in_time(
     assert reason in result.stderr
     assert hint in result.stderr
     assert pc.snapshot() == before
+
+
+DESKTOP = "UID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user"
+OF_THE_USER = "/user.slice/user-1000.slice/user@1000.service/session.slice/wireplumber.service"
+
+
+@pytest.mark.parametrize("cgroup", ["/system.slice/systemd-logind.service", "/init.scope", OF_THE_USER])
+def test_who_lets_go_of_a_card_with_the_desktop(pc: PciHost, cgroup: str) -> None:
+    with_units(pc, '[plugins.services]\nstop = ["display-manager"]\n[plugins.pci]\n')
+    pc.file("/run/systemd/sessions/2", DESKTOP)
+    pid = pc.runs("a-program", "/dev/dri/card0", cgroup=cgroup)
+    gone = f"stop:*) rm -r '{pc.path(f'/proc/{pid}')}';"
+    systemctl = Path(pc.path("/usr/bin/systemctl"))
+    systemctl.write_text(systemctl.read_text().replace("stop:*)", gone))
+    result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
+    assert result.status == 0, result.stderr
+    assert pc.driver_of(GPU) == "vfio-pci"
+
+
+def test_what_stays_after_the_desktop_since_its_user_is_logged_in_elsewhere(pc: PciHost) -> None:
+    """The hint names the user's manager, and a plan that stops it as well passes the check."""
+    with_units(pc, "")
+    pc.file("/run/systemd/sessions/2", DESKTOP).file(
+        "/run/systemd/sessions/5", DESKTOP.replace("wayland", "tty")
+    )
+    pc.file("/units/user@1000.service", "active")
+    pc.runs("wireplumber", "/dev/dri/card0", cgroup=OF_THE_USER)
+    stops = "[plugins.services]\nstop = [{}]\n[plugins.pci]\n"
+    pc.domain("guest", stops.format('"display-manager"'))
+    result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
+    assert result.status == 3
+    assert "enable guest services stop=display-manager.service,gdm.service,user@1000.service" in result.stderr
+    pc.domain("guest", stops.format('"display-manager", "user@1000"'))
+    guest = Domain.from_xml(xml(GPU, AUDIO))
+    assert not make_plan(pc, guest, settings(pc, guest)).problems

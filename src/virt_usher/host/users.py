@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from virt_usher.host import console
+from virt_usher.host import console, sessions
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # How bad it is. DATA and GUEST have no waiver: a mounted disk, and a domain that runs with the device.
 DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
 STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
-MANAGER = "display-manager.service"  # an alias: gdm.service, sddm.service, …
+MANAGER = sessions.MANAGER
 _SHOWN = 3
 _SOUND = re.compile(r"/dev/snd/[a-z]+[CD](\d+)(?:D\d+[pc]?)?")
 _HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
@@ -389,29 +389,18 @@ class _Look:
         return ""
 
     def _holders(self, address: str, held: dict[int, str]) -> User:
-        """One record for all processes of a device, with what would end the first of them."""
+        """One record for all processes of a device, with what would end them, or the first of them."""
         names = [self._name(str(pid)) for pid in held]
-        pid, node = next(iter(held.items()))
-        units = tuple(self._units(str(pid)) for pid in held)
+        units = tuple(sessions.ending(self.host, str(pid)) for pid in held)
         services = {system_unit(names) for names in units}
-        hint = f"end it: kill {pid}" if "" in services else f"systemctl stop {' '.join(sorted(services))}"
+        hint = f"systemctl stop {' '.join(sorted(services))}"
+        if "" in services:
+            loose = [p for p, n in zip(held, units, strict=True) if not (system_unit(n) or sessions.kept(n))]
+            hint = (
+                f"end it: kill {loose[0]}" if loose else "end the session that has it: loginctl list-sessions"
+            )
+        node = next(iter(held.values()))
         return User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)
-
-    def _units(self, pid: str) -> frozenset[str]:
-        """Return the units whose stop ends a process: its own, and the display manager for its sessions'.
-
-        What runs in a graphical session is in a scope or a service of the user's, and ends with the session.
-        """
-        lines = self.host.get(f"/proc/{pid}/cgroup").splitlines()
-        path = next((line[3:] for line in lines if line.startswith("0::")), "")
-        names = {n for n in path.split("/") if n.endswith((".service", ".scope"))}
-        for session in self.host.entries("/run/systemd/sessions") if names else []:
-            text = self.host.get(f"/run/systemd/sessions/{session}")
-            about = dict(line.partition("=")[::2] for line in text.splitlines())
-            theirs = {f"session-{session}.scope", f"user@{about.get('UID')}.service"}
-            if about.get("TYPE") in ("x11", "wayland") and names & theirs:
-                names |= {MANAGER}
-        return frozenset(names)
 
     def _name(self, pid: str) -> str:
         words = self.host.get(f"/proc/{pid}/cmdline").split("\0")
@@ -421,11 +410,11 @@ class _Look:
 
 
 def system_unit(names: frozenset[str]) -> str:
-    """Return the one of a process's units that root can stop, or '': those of users are not root's."""
+    """Return the one of a process's units that root can stop to end it, or ''."""
     services = [n for n in names if n.endswith(".service")]
     if MANAGER in names:
         return MANAGER
-    return services[0] if len(services) == 1 and not services[0].startswith("user@") else ""
+    return services[0] if len(services) == 1 and not sessions.kept(names) else ""
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,123 @@
+"""Which units' stop ends a process, the display manager's among them, and what a refusal says of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from virt_usher.host import sessions, users
+from virt_usher.testing.pci import PciHost
+
+CARD = "0000:01:00.0"
+USER = "/user.slice/user-1000.slice"
+SERVICE = f"{USER}/user@1000.service/session.slice/org.gnome.Shell@wayland.service"
+LOGIND, INIT = "/system.slice/systemd-logind.service", "/init.scope"
+WAYLAND = "# private\nUID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user"
+X11 = "UID=1000\nUSER=jo\nTYPE=x11\nCLASS=user"
+SSH = "UID=1000\nUSER=jo\nTYPE=tty\nREMOTE=1\nCLASS=user"
+GREETER = "UID=42\nUSER=gdm\nTYPE=wayland\nCLASS=greeter"
+OTHERS_SSH = "UID=1001\nUSER=al\nTYPE=tty\nCLASS=user"
+OWN_MANAGER = "UID=1000\nUSER=jo\nTYPE=unspecified\nCLASS=manager"
+AT_NIGHT = "UID=1000\nUSER=jo\nTYPE=unspecified\nCLASS=background"
+
+
+def host_with(root: Path, *logged_in: str, lingers: str = "") -> PciHost:
+    """A graphics card, and sessions from number 2 on."""
+    host = PciHost(root).device(CARD, driver="amdgpu", kind="030000").hangs_on(CARD, "drm", "card0")
+    for number, text in enumerate(logged_in, 2):
+        host.file(f"/run/systemd/sessions/{number}", text)
+    return host.file(f"/var/lib/systemd/linger/{lingers}") if lingers else host
+
+
+ENDS = {
+    "a service": ("/system.slice/nvidia-persistenced.service", [WAYLAND], "", False),
+    "a graphical session": (f"{USER}/session-2.scope", [WAYLAND], "", True),
+    "an X session": (f"{USER}/session-2.scope", [X11], "", True),
+    "a session on a console": (f"{USER}/session-2.scope", [SSH], "", False),
+    "a graphical session of somebody with an ssh session": (
+        f"{USER}/session-2.scope",
+        [WAYLAND, SSH],
+        "",
+        True,
+    ),
+    "an ssh session of somebody with a desktop": (f"{USER}/session-3.scope", [WAYLAND, SSH], "", False),
+    "a user's service": (SERVICE, [WAYLAND, OTHERS_SSH], "", True),
+    "a user's service, the manager being a session": (SERVICE, [X11, OWN_MANAGER, AT_NIGHT], "", True),
+    "a user's service without a desktop": (SERVICE, [SSH, GREETER], "", False),
+    "a user's service that ssh keeps": (SERVICE, [WAYLAND, SSH], "", False),
+    "a user's service that lingers": (SERVICE, [WAYLAND], "jo", False),
+    "a user's service, others linger": (SERVICE, [WAYLAND], "al", True),
+    "logind": (LOGIND, [WAYLAND, SSH], "", True),
+    "logind for a greeter": (LOGIND, [GREETER], "", True),
+    "PID 1": (INIT, [X11], "", True),
+    "logind without a desktop": (LOGIND, [SSH, OWN_MANAGER], "", False),
+    "PID 1 without anybody": (INIT, [], "", False),
+    "a container's PID 1": (f"/machine.slice/a.scope{INIT}", [WAYLAND], "", False),
+    "the user's own PID 1": (f"{USER}/user@1000.service{INIT}", [SSH, GREETER], "", False),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_what_ends_with_the_display_manager(tmp_path: Path, case: str) -> None:
+    cgroup, logged_in, lingers, ends = ENDS[case]
+    host = host_with(tmp_path, *logged_in, lingers=lingers)
+    pid = host.runs("a-program", cgroup=cgroup)
+    assert (sessions.MANAGER in sessions.ending(host, str(pid))) == ends
+
+
+def test_the_fifo_of_a_session_is_none(tmp_path: Path) -> None:
+    """As PAM has it open for the session's time: a read that does not block would be EAGAIN."""
+    host = host_with(tmp_path, WAYLAND)
+    os.mkfifo(fifo := host.path("/run/systemd/sessions/2.ref"))
+    end = os.open(fifo, os.O_RDWR)
+    try:
+        pid = host.runs("a-program", cgroup=SERVICE)
+        assert sessions.MANAGER in sessions.ending(host, str(pid))
+    finally:
+        os.close(end)
+
+
+UNITS = {
+    "/system.slice/nvidia-persistenced.service": {"nvidia-persistenced.service"},
+    f"{USER}/session-2.scope": {"session-2.scope"},
+    SERVICE: {"user@1000.service"},  # systemctl has another of the name it runs as there, or none
+    "/system.slice/docker-4242.scope": {"docker-4242.scope"},
+    "/": set[str](),
+}
+
+
+@pytest.mark.parametrize("cgroup", UNITS)
+def test_the_units_of_a_process(tmp_path: Path, cgroup: str) -> None:
+    host = host_with(tmp_path)
+    assert sessions.ending(host, str(host.runs("a-program", cgroup=cgroup))) == UNITS[cgroup]
+
+
+STOP, SHOW = "systemctl stop", "end the session that has it: loginctl list-sessions"
+HINTS = {
+    "a service": (["/system.slice/a.service"], [], f"{STOP} a.service"),
+    "a desktop that logind has the card for": (
+        [INIT, LOGIND, SERVICE],
+        [WAYLAND],
+        f"{STOP} {sessions.MANAGER}",
+    ),
+    "and ssh": (
+        [INIT, LOGIND, SERVICE],
+        [WAYLAND, SSH],
+        f"{STOP} {sessions.MANAGER} user@1000.service",
+    ),
+    "nobody that logind has it for": ([INIT, LOGIND], [], SHOW),
+    "logind and a service": ([LOGIND, "/system.slice/a.service"], [], SHOW),
+    "startx": ([INIT, LOGIND, f"{USER}/session-2.scope"], [SSH], "end it: kill PID"),
+    "a container": (["/system.slice/docker-4242.scope"], [], "end it: kill PID"),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_no_hint_stops_logind_or_kills_pid_1(tmp_path: Path, case: str) -> None:
+    cgroups, logged_in, hint = HINTS[case]
+    host = host_with(tmp_path, *logged_in)
+    pids = [host.runs("a-program", "/dev/dri/card0", cgroup=c) for c in cgroups]
+    (user,) = users.find(host, [CARD])
+    assert user.hint == hint.replace("PID", str(pids[-1]))
