@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from virt_usher.host import Host
     from virt_usher.journal import Step
 
-PATIENCE = 10.0  # seconds that programs get to end after their unit did, as those of a session do
+# Seconds that programs get to end after their unit did. Those of a user's manager are only told to when his
+# last session has been over for ten (logind's UserStopDelaySec).
+PATIENCE = 30.0
 
 
 def by(host: Host, addresses: Collection[str], waived: Collection[str] = ()) -> UsherError | None:
