@@ -91,6 +91,10 @@ def bus(tmp_path: Path) -> PciHost:
     host.hangs_on("0000:02:00.0", "block", "nvme0n1", dev="259:0")
     host.file("/proc/1/mountinfo", "30 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
     host.device("0000:03:00.0", "8086:37c8", "c6xx", kind="0b4000")
+    for function in (0, 1):
+        host.device(f"0000:06:00.{function}", "1022:149c", "xhci_hcd", kind="0c0330", group=6)
+    host.hangs_on("0000:06:00.0", "usb_device", "3-1", "usb3", node="bus/usb/003/002")
+    host.runs("qemu-system-x86", "/dev/bus/usb/003/002", guest="haos")
     for number in (4, 5):
         address = f"0000:{number:02}:00.0"
         host.device(address, "1b36:000d", "xhci_hcd", kind="0c0330")
@@ -105,6 +109,8 @@ IN_THE_WAY = {
     "0000:03:00.0": ("vfio", "is on vfio-pci's list of devices that it refuses (Intel QAT C62x)"),
     "0000:04:00.0": ("", ""),
     "0000:05:00.0": ("", ""),
+    "0000:06:00.0": ("guest", "is in use (/dev/bus/usb/003/002) by qemu-system-x86 (pid "),
+    "0000:06:00.1": ("", ""),  # a guest has its neighbour's USB device, not the group
 }
 
 

@@ -143,11 +143,8 @@ def test_a_stack_without_mounts(tmp_path: Path) -> None:
 
 def test_a_disk_that_a_program_has_open(tmp_path: Path) -> None:
     host = disk(make(tmp_path))
-    host.runs("qemu-system-x86", "/dev/nvme0n1", guest="old")
-    (problem, what), *_ = found(host)
-    assert problem == users.USE
-    assert what.startswith("is in use (/dev/nvme0n1) by qemu-system-x86 (pid ")
-    assert "domain 'old'" in what
+    pid = host.runs("dd", "/dev/nvme0n1")
+    assert found(host) == [(users.USE, f"is in use (/dev/nvme0n1) by dd (pid {pid})")]
 
 
 def test_the_hint_for_what_the_host_needs(tmp_path: Path) -> None:
@@ -309,11 +306,75 @@ def test_kfd_counts_for_a_single_card(tmp_path: Path) -> None:
 
 def test_sound(tmp_path: Path) -> None:
     host = make(tmp_path, kind=SOUND).hangs_on(A, "sound", "card1", "sound/card1")
-    host.hangs_on(A, "sound", "controlC1", "sound/card1/controlC1")
+    host.hangs_on(A, "sound", "controlC1", "sound/card1", node="snd/controlC1")
     host.runs("pipewire", "/dev/snd/controlC0", "/dev/snd/pcmC11D0p", "/dev/snd/seq")
     assert not found(host)
     host.runs("wireplumber", "/dev/snd/controlC1")
     assert "is in use (/dev/snd/controlC1) by wireplumber" in found(host)[0][1]
+
+
+# -- nodes of any kind
+
+CHARS = {
+    "bus/usb/001/005": ("xhci_hcd", USB, "usb_device", "1-3", "usb1"),
+    "ttyUSB0": ("xhci_hcd", USB, "tty", "ttyUSB0", "usb1/1-3/1-3:1.0/ttyUSB0/tty"),
+    "hidraw0": ("xhci_hcd", USB, "hidraw", "hidraw0", "usb1/1-2/1-2:1.0/0003:1234:5678.0001/hidraw"),
+    "sg2": ("mpt3sas", "010700", "scsi_generic", "sg2", "host0/target0:0:0/0:0:0:0/scsi_generic"),
+    "dvb/adapter0/frontend0": ("cx23885", "048000", "dvb", "dvb0.frontend0", "dvb"),
+    "uio0": ("uio_pci_generic", NVME, "uio", "uio0", "uio"),
+    "infiniband/uverbs0": ("mlx5_core", NIC, "infiniband_verbs", "uverbs0", "infiniband_verbs"),
+    "i2c-5": ("amdgpu", VGA, "i2c-dev", "i2c-5", "i2c-5/i2c-dev"),
+}
+
+
+@pytest.mark.parametrize("node", CHARS)
+def test_a_node_of_any_kind_counts_if_it_is_open(tmp_path: Path, node: str) -> None:
+    driver, kind, member, name, below = CHARS[node]
+    host = make(tmp_path, driver, kind).hangs_on(A, member, name, below, node=node)
+    host.device(B, "1234:5678", driver, kind=kind).hangs_on(B, member, f"{name}0", below, node=f"{node}0")
+    host.runs("a-program", f"/dev/{node}0", "/dev/bus/usb/002/005", "/dev/input/event3")
+    assert not found(host)
+    pid = host.runs("a-program", f"/dev/{node}")
+    assert found(host) == [(users.USE, f"is in use (/dev/{node}) by a-program (pid {pid})")]
+
+
+def test_keyboards_and_mice_are_open_in_every_desktop(tmp_path: Path) -> None:
+    host = make(tmp_path, "xhci_hcd", USB)
+    for number, path in ((5, "usb1/1-2/input/input5"), (6, "usb1/1-2/input/input6")):
+        host.hangs_on(A, "input", f"event{number}", path, node=f"input/event{number}")
+    host.runs("Xorg", "/dev/input/event5", "/dev/input/event6")
+    assert not found(host)
+
+
+@pytest.mark.parametrize("node", ["bus/usb/001/005", "sg2"])
+def test_a_node_of_a_running_guest(tmp_path: Path, node: str) -> None:
+    """<hostdev type='usb'> and <hostdev type='scsi'>; what looks like a guest is none."""
+    driver, kind, member, name, below = CHARS[node]
+    host = make(tmp_path, driver, kind).hangs_on(A, member, name, below, node=node)
+    pid = host.runs("qemu-system-x86", f"/dev/{node}", guest="haos")
+    what = f"is in use (/dev/{node}) by qemu-system-x86 (pid {pid}, domain 'haos')"
+    assert found(host) == [(users.GUEST, what)]
+    assert users.find(host, [A])[0].hint == "virsh list; virt-usher status"
+    assert not users.find(host, [A], but=pid)
+    host.file(f"/proc/{pid}/cmdline", "a-program\0guest=haos\0")
+    assert found(host)[0][0] == users.USE
+
+
+def test_a_disk_of_a_running_guest(tmp_path: Path) -> None:
+    host = disk(make(tmp_path))
+    pid = host.runs("qemu-system-x86", "/dev/nvme0n1p1", guest="old")
+    what = f"is in use (/dev/nvme0n1p1) by qemu-system-x86 (pid {pid}, domain 'old')"
+    assert found(host) == [(users.GUEST, what)]
+
+
+def test_a_part_of_the_device_that_a_running_guest_has(tmp_path: Path) -> None:
+    host = make(tmp_path, "i915", VGA)
+    part = f"{host.real(A)}/83c32df7-d52e-4ec1-9668-1f3c7e4df107"
+    host.link_to(f"{part}/iommu_group", "../../../../../kernel/iommu_groups/42")
+    host.runs("qemu-system-x86", "/dev/vfio/41", guest="other")
+    assert not found(host)
+    host.runs("qemu-system-x86", "/dev/vfio/42", guest="vgpu")
+    assert [problem for problem, _ in found(host)] == [users.GUEST]
 
 
 # -- keyboards, virtual functions, guests
@@ -390,6 +451,7 @@ def test_no_walk_without_a_need_and_one_for_all(tmp_path: Path, monkeypatch: pyt
     host.hangs_on(B, "drm", "card0").hangs_on("0000:03:00.0", "drm", "card1")
     users.find(host, [A, B, "0000:03:00.0"])
     assert walks.count("/proc") == 1
+    assert walks.count("/sys/dev/char") == 2  # once for each look
 
 
 def test_a_hundred_thousand_open_files(tmp_path: Path) -> None:
@@ -430,6 +492,11 @@ def a_desktop(host: PciHost) -> None:
     graphics(host, enabled="disabled").runs("kwin", "/dev/dri/card0", cgroup=manager)
 
 
+def a_guest_with_a_usb_device(host: PciHost) -> None:
+    host.hangs_on(A, "usb_device", "1-3", "usb1", node="bus/usb/001/005")
+    host.runs("qemu-system-x86", "/dev/bus/usb/001/005", guest="haos")
+
+
 def a_program(host: PciHost) -> None:
     pid = graphics(host, enabled="disabled").runs("ffmpeg", "/dev/dri/renderD200")
     host.file(f"/proc/{pid}/fdinfo/0", f"pos:\t0\ndrm-pdev:\t{A}")
@@ -437,7 +504,16 @@ def a_program(host: PciHost) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [*DISKS, a_way_out, a_picture_and_a_console, a_keyboard, virtual_functions, a_program, a_desktop],
+    [
+        *DISKS,
+        a_way_out,
+        a_picture_and_a_console,
+        a_keyboard,
+        virtual_functions,
+        a_program,
+        a_desktop,
+        a_guest_with_a_usb_device,
+    ],
     ids=lambda f: str(f.__name__),
 )
 def test_what_cannot_be_read_is_no_sign_that_nobody_uses_it(

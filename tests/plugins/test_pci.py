@@ -298,7 +298,7 @@ def test_everything_at_once_and_nothing_touched(pc: PciHost) -> None:
     pc.hangs_on("0000:03:00.0", "block", "nvme0n1", dev="259:0")
     pc.file("/proc/1/mountinfo", "30 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
     pc.runs("pipewire", "/dev/snd/controlC1")
-    pc.hangs_on(AUDIO, "sound", "card1", "sound/card1")
+    pc.hangs_on(AUDIO, "sound", "controlC1", "sound/card1", node="snd/controlC1")
     before = pc.snapshot()
     result = run_hook(pc, "guest", "prepare", xml(PORT, GPU, AUDIO, "0000:03:00.0"))
     assert result.status == 3
@@ -321,7 +321,7 @@ def waive(address: str, device: str, problem: str) -> str:
 
 
 def test_a_use_that_an_admin_waived(pc: PciHost) -> None:
-    pc.hangs_on(AUDIO, "sound", "card1", "sound/card1")
+    pc.hangs_on(AUDIO, "sound", "controlC1", "sound/card1", node="snd/controlC1")
     pc.runs("pipewire", "/dev/snd/controlC1")
     assert run_hook(pc, "guest", "prepare", xml(GPU, AUDIO)).status == 3
     pc.domain("guest", "[plugins.pci]\n" + waive(AUDIO, AUDIO_ID, "in-use"))

@@ -196,11 +196,10 @@ def _add_users(host: Host, pci: Pci, found: Iterable[dict[str, Any]]) -> None:
     for one in asked:
         device = pci.device(one["address"])
         driver = device.driver if device.on_vfio else "vfio-pci"
-        guest = (users.GUEST, one["group"])  # found once for a group, which a guest has as a whole
         standing: list[users.User | vfio.Obstacle] = [
             u
             for u in using
-            if u.address == device.address or (u.problem, pci.device(u.address).group) == guest
+            if u.address == device.address or (u.group and pci.device(u.address).group == device.group)
         ]
         own = (o for o in vfio.obstacles(host, device, driver, quirks) if o.problem == vfio.WAIVABLE)
         standing += [o for o in own if o != everywhere]

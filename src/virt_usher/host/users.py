@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import pairwise
 
 from virt_usher.host import console, sessions
+from virt_usher.host.links import Links
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
 STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
 MANAGER = sessions.MANAGER
 _SHOWN = 3
-_SOUND = re.compile(r"/dev/snd/[a-z]+[CD](\d+)(?:D\d+[pc]?)?")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
 # The first word of a keyboard's key bitmap: all of KEY_ESC to KEY_S (udev's ID_INPUT_KEYBOARD).
 _KEYBOARD = 0xFFFFFFFE
@@ -33,10 +35,10 @@ class User:
     """One use of a device: what, of which kind (`problem`), and what would end it.
 
     `console`: it shows the text console, and ends with that. `units`: for each process that uses it, the
-    units whose stop ends the process.
+    units whose stop ends the process. `group`: all of its IOMMU group is used with it, and that is told once.
     """
 
-    __slots__ = ("address", "console", "hint", "problem", "units", "what")
+    __slots__ = ("address", "console", "group", "hint", "problem", "units", "what")
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class User:
         hint: str,
         console: bool = False,
         units: tuple[frozenset[str], ...] = (),
+        group: bool = False,
     ) -> None:
         self.address = address
         self.problem = problem
@@ -53,6 +56,7 @@ class User:
         self.hint = hint
         self.console = console
         self.units = units
+        self.group = group
 
     def __repr__(self) -> str:
         return f"User({self.address} {self.problem}: {self.what})"
@@ -75,10 +79,8 @@ class _Look:
         self.together = together
         self.addresses = addresses
         self.but = (os.getpid(), but)
-        self._classes: dict[str, dict[str, str]] = {}
-        # What to look for in processes: device node -> address, sound card -> address.
-        self.nodes: dict[str, str] = {}
-        self.cards: dict[str, str] = {}
+        self.links = Links(host)
+        self.nodes: dict[str, str] = {}  # what to look for in processes: device node -> address
 
     def users(self) -> list[User]:
         found: list[User] = []
@@ -96,19 +98,6 @@ class _Look:
 
     def _on_vfio(self, device: str, driver: str) -> bool:
         return driver == "vfio-pci" or self.host.exists(f"{device}/vfio-dev")
-
-    # -- sysfs classes
-
-    def _class(self, name: str) -> dict[str, str]:
-        """Return what a class has: name -> where its link points."""
-        if name not in self._classes:
-            base = f"/sys/class/{name}"
-            self._classes[name] = {n: self.host.target(f"{base}/{n}") for n in self.host.entries(base)}
-        return self._classes[name]
-
-    def _below(self, name: str, address: str) -> list[str]:
-        """Return the members of a class that hang on a PCI device, through any number of steps."""
-        return [n for n, target in self._class(name).items() if f"/{address}/" in target]
 
     # -- disks
 
@@ -134,12 +123,12 @@ class _Look:
 
     def _paths(self, address: str) -> list[str]:
         """Return the device's own disks and partitions."""
-        found = self._below("block", address)
+        found = self.links.below("/sys/class/block", address)
         for subsystem in self.host.entries("/sys/class/nvme-subsystem"):
             # With native multipath the disk hangs on the subsystem, and the controller's own path is hidden.
             base = f"/sys/class/nvme-subsystem/{subsystem}"
             if any(f"/{address}/" in self.host.target(f"{base}/{n}") for n in self.host.entries(base)):
-                found += [n for n, t in self._class("block").items() if f"/{subsystem}/" in t]
+                found += [n for n, t in self.links.of("/sys/class/block").items() if f"/{subsystem}/" in t]
         return found
 
     def _with_above(self, disks: list[str]) -> list[str]:
@@ -150,7 +139,7 @@ class _Look:
             if name not in found:
                 found.append(name)
                 todo += self.host.entries(f"/sys/class/block/{name}/holders")
-                todo += [n for n, t in self._class("block").items() if f"/{name}/" in t]
+                todo += [n for n, t in self.links.of("/sys/class/block").items() if f"/{name}/" in t]
         return sorted(found)
 
     def _mounts(self, blocks: list[str], names: dict[str, str]) -> list[str]:
@@ -201,7 +190,7 @@ class _Look:
 
     def _network(self, address: str) -> list[User]:
         users = []
-        for name in self._below("net", address):
+        for name in self.links.below("/sys/class/net", address):
             above = self._above(name)
             default, routed = self._routes({name, *above})
             up = int(self.host.known(f"/sys/class/net/{name}/flags") or "0", 16) & 1  # IFF_UP
@@ -260,7 +249,7 @@ class _Look:
         shows = []
         if self.host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1":
             shows.append("the firmware's display (boot_vga)")
-        for name in self._below("drm", address):
+        for name in self.links.below("/sys/class/drm", address):
             base = f"/sys/class/drm/{name}"
             state = (self.host.known(f"{base}/status"), self.host.known(f"{base}/enabled"))
             if state == ("connected", "enabled"):
@@ -289,7 +278,7 @@ class _Look:
         return [User(address, VFS, f"has {count} virtual functions", hint)] if count > 0 else []
 
     def _last_keyboard(self) -> list[User]:
-        inputs = {n: t for n, t in self._class("input").items() if n.startswith("input")}
+        inputs = {n: t for n, t in self.links.of("/sys/class/input").items() if n.startswith("input")}
         mine: dict[str, str] = {}
         for name, target in inputs.items():
             words = self.host.known(f"/sys/class/input/{name}/capabilities/key").split()
@@ -316,13 +305,19 @@ class _Look:
         for member in members or [address]:
             for name in self.host.entries(f"/sys/bus/pci/devices/{member}/vfio-dev"):
                 self.nodes[f"/dev/vfio/devices/{name}"] = address
+        for name in self.host.entries(f"/sys/bus/pci/devices/{address}"):
+            if _UUID.fullmatch(name):  # a part of the device that a guest has (mdev), in a group of its own
+                part = self.host.link(f"/sys/bus/pci/devices/{address}/{name}/iommu_group")
+                self.nodes |= {f"/dev/vfio/{part}": address} if part else {}
 
     def _char_nodes(self, address: str, driver: str) -> None:
-        for kind, folder in (("drm", "dri/"), ("accel", "accel/"), ("graphics", "")):
-            names = [n for n in self._below(kind, address) if "-" not in n]  # no connectors
-            self.nodes |= {f"/dev/{folder}{n}": address for n in names}
-        cards = (n for n in self._below("sound", address) if n.startswith("card"))
-        self.cards |= {n[4:]: address for n in cards}
+        for number in self.links.below("/sys/dev/char", address):
+            # All keyboards and mice are open in every desktop, which loses nothing with one of them.
+            if "/input/" in self.links.of("/sys/dev/char")[number]:
+                continue
+            for line in self.host.known(f"/sys/dev/char/{number}/uevent").splitlines():
+                if line.startswith("DEVNAME="):
+                    self.nodes[f"/dev/{line[8:]}"] = address
         gpus = self.host.entries("/proc/driver/nvidia/gpus")
         if address in gpus:
             for line in self.host.known(f"/proc/driver/nvidia/gpus/{address}/information").splitlines():
@@ -340,14 +335,17 @@ class _Look:
         """Walk over the open files of all processes, if there is anything to look for."""
         holders: dict[str, dict[int, str]] = {}
         guests: list[User] = []
-        for pid in self.host.entries("/proc") if self.nodes or self.cards else []:
+        for pid in self.host.entries("/proc") if self.nodes else []:
             if pid.isdigit() and int(pid) not in self.but:
                 for node, address in self._held(pid):
-                    if node.startswith("/dev/vfio/"):
+                    if group := node.startswith("/dev/vfio/"):
                         what = f"is in use by {self._name(pid)}, with its IOMMU group"
-                        guests.append(User(address, GUEST, what, "virsh list; virt-usher status"))
+                    elif self._guest(pid):
+                        what = f"is in use ({node}) by {self._name(pid)}"
                     else:
                         holders.setdefault(address, {}).setdefault(int(pid), node)
+                        continue
+                    guests.append(User(address, GUEST, what, "virsh list; virt-usher status", group=group))
         return guests + [self._holders(a, held) for a, held in holders.items()]
 
     def _held(self, pid: str) -> list[tuple[str, str]]:
@@ -379,8 +377,6 @@ class _Look:
     def _address(self, pid: str, fd: str, node: str) -> str:
         if address := self.nodes.get(node):
             return address
-        if node.startswith("/dev/snd/") and (card := _SOUND.fullmatch(node)):
-            return self.cards.get(card[1], "")
         if node.startswith("/dev/dri/"):  # in a container the same device may have another name
             for line in self.host.known(f"/proc/{pid}/fdinfo/{fd}").splitlines():
                 if line.startswith("drm-pdev:"):
@@ -402,9 +398,14 @@ class _Look:
         node = next(iter(held.values()))
         return User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)
 
+    def _guest(self, pid: str) -> str:
+        """Return the domain whose QEMU a process is, as libvirt starts it, or ''."""
+        words = self.host.known(f"/proc/{pid}/cmdline").split("\0")
+        named = (w for option, w in pairwise(words) if option == "-name" and w.startswith("guest="))
+        return next(named, "")[6:].partition(",")[0]
+
     def _name(self, pid: str) -> str:
-        words = self.host.get(f"/proc/{pid}/cmdline").split("\0")
-        guest = next((w[6:].partition(",")[0] for w in words if w.startswith("guest=")), "")
+        guest = self._guest(pid)
         comm = self.host.get(f"/proc/{pid}/comm", "?")
         return f"{comm} (pid {pid}, domain {guest!r})" if guest else f"{comm} (pid {pid})"
 

@@ -23,6 +23,7 @@ BUS = "/sys/bus/pci"
 GROUPS = "/sys/kernel/iommu_groups"
 UNSET = "(null)"
 CONSOLE = "/sys/class/vtconsole/vtcon1"
+_NODES = {"drm": "dri/", "accel": "accel/", "graphics": ""}
 NO_DMA = ("pci-stub", "pcieport")  # besides vfio's, the drivers with driver_managed_dma
 _DEVICE_FILE = re.compile(
     rf"{BUS}/devices/([^/]+)/(driver_override|driver/unbind|sriov_numvfs|power/control)"
@@ -109,11 +110,20 @@ class PciBus(Tree):
                 self._attach(address, driver)
         return self
 
-    def hangs_on(self, address: str, kind: str, name: str, below: str = "", /, **files: str) -> Self:
-        """Let a member of a class (net, block, drm, sound, input) hang on a device."""
+    def hangs_on(
+        self, address: str, kind: str, name: str, below: str = "", /, node: str = "", **files: str
+    ) -> Self:
+        """Let a member of a class (net, block, drm, sound, input) hang on a device.
+
+        `node` is the character device's below /dev; that of a graphics card comes by itself.
+        """
         real = f"{self.real(address)}/{below or kind}/{name}"
-        for file, text in {"uevent": "", **files}.items():
+        if kind in _NODES and "-" not in name:  # not a connector
+            node = _NODES[kind] + name
+        for file, text in {"uevent": f"DEVNAME={node}" if node else "", **files}.items():
             self.file(f"{real}/{file}", text)
+        if node:
+            self.link_to(_number(kind, name), "../.." + real.removeprefix("/sys"))
         return self.link_to(f"/sys/class/{kind}/{name}", "../.." + real.removeprefix("/sys"))
 
     def framebuffer(self, address: str, name: str = "fb0") -> Self:
@@ -323,6 +333,7 @@ class PciBus(Tree):
         if name := self.hidden(f"fb.{address}"):
             names = self.entries("/sys/class/graphics")
             self._remove(f"/sys/class/graphics/{name}")
+            self._remove(_number("graphics", name))
             shutil.rmtree(self.path(f"{self.real(address)}/graphics"))
             if names == [name]:
                 shutil.rmtree(self.path(CONSOLE))
@@ -351,6 +362,11 @@ class PciBus(Tree):
 
     def _remove(self, path: str) -> None:
         Path(self.path(path)).unlink(missing_ok=True)
+
+
+def _number(kind: str, name: str) -> str:
+    """Return where a character device is by its number; only the kernel cares which one."""
+    return f"/sys/dev/char/{kind}:{name}"
 
 
 class PciHost(PciBus, FakeHost):
