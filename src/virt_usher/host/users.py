@@ -12,6 +12,7 @@ import re
 from itertools import pairwise
 
 from virt_usher.host import console, sessions
+from virt_usher.host.disks import HOST_NEEDS, Disks
 from virt_usher.host.links import Links
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
@@ -26,7 +27,6 @@ STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
 MANAGER = sessions.MANAGER
 _SHOWN = 3
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
 # The first word of a keyboard's key bitmap: all of KEY_ESC to KEY_S (udev's ID_INPUT_KEYBOARD).
 _KEYBOARD = 0xFFFFFFFE
 
@@ -103,88 +103,18 @@ class _Look:
 
     def _disks(self, address: str) -> list[User]:
         """Mounts, swap and whatever is stacked on the device's disks (dm, md, bcache, btrfs, ZFS)."""
-        disks = self._paths(address)
-        blocks = self._with_above(disks)
-        if not blocks:
+        disks = Disks(self.host, self.links, address)
+        self.nodes |= {f"/dev/{n}": address for n in disks.blocks}
+        if not disks.blocks:
             return []
-        names = {n: n for n in blocks} | {
-            dm: n for n in blocks if (dm := self.host.known(f"/sys/class/block/{n}/dm/name"))
-        }
-        self.nodes |= {f"/dev/{n}": address for n in blocks}
-        places = self._mounts(blocks, names)
-        if places:
-            needed = [p for p in places if p in _HOST_NEEDS]
+        if places := disks.places():
+            needed = places[0] in HOST_NEEDS
             hint = "the host needs it: give the domain another device" if needed else f"umount {places[0]}"
             return [User(address, DATA, f"carries what is mounted on {_some(places)}", hint)]
-        swaps = [f for f in self._first_words("/proc/swaps") if f.rpartition("/")[2] in names]
-        if swaps:
+        if swaps := disks.swaps():
             return [User(address, DATA, f"carries the swap space {_some(swaps)}", f"swapoff {swaps[0]}")]
-        return self._stacked(address, disks, blocks)
-
-    def _paths(self, address: str) -> list[str]:
-        """Return the device's own disks and partitions."""
-        found = self.links.below("/sys/class/block", address)
-        for subsystem in self.host.entries("/sys/class/nvme-subsystem"):
-            # With native multipath the disk hangs on the subsystem, and the controller's own path is hidden.
-            base = f"/sys/class/nvme-subsystem/{subsystem}"
-            if any(f"/{address}/" in self.host.target(f"{base}/{n}") for n in self.host.entries(base)):
-                found += [n for n, t in self.links.of("/sys/class/block").items() if f"/{subsystem}/" in t]
-        return found
-
-    def _with_above(self, disks: list[str]) -> list[str]:
-        """Return disks and partitions with all that is built upon them, through any depth."""
-        todo, found = list(disks), list[str]()
-        while todo:
-            name = todo.pop()
-            if name not in found:
-                found.append(name)
-                todo += self.host.entries(f"/sys/class/block/{name}/holders")
-                todo += [n for n, t in self.links.of("/sys/class/block").items() if f"/{name}/" in t]
-        return sorted(found)
-
-    def _mounts(self, blocks: list[str], names: dict[str, str]) -> list[str]:
-        numbers = {self.host.known(f"/sys/class/block/{n}/dev") for n in blocks} - {""}
-        members = [n for n in blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
-        pools = {self._udev(n, "ID_FS_LABEL") for n in members} - {""}
-        btrfs = {
-            uuid
-            for uuid in self.host.entries("/sys/fs/btrfs")
-            if any(n in blocks for n in self.host.entries(f"/sys/fs/btrfs/{uuid}/devices"))
-        }
-        places, btrfs_seen = [], False
-        for line in self.host.known("/proc/1/mountinfo").splitlines():
-            left, _, right = line.partition(" - ")
-            fields, (kind, source, *_) = left.split(" "), [*right.split(" "), "", ""]
-            # btrfs and ZFS have numbers of their own there, and name a device or a pool.
-            pool = source.partition("/")[0] if kind == "zfs" else ""
-            known = source.rpartition("/")[2] in names or pool in pools
-            if len(fields) > 4 and (known or fields[2] in numbers):
-                places.append(fields[4])
-                btrfs_seen = btrfs_seen or kind == "btrfs"
-        if btrfs and not btrfs_seen:  # the kernel lists a btrfs there while it is mounted
-            places.append(f"a btrfs of several disks ({sorted(btrfs)[0]})")
-        pools_in = [p for p in sorted(pools) if self.host.exists(f"/proc/spl/kstat/zfs/{p}")]
-        places += [f"the ZFS pool {p}" for p in pools_in] if not places else []
-        return sorted(dict.fromkeys(places), key=lambda p: (p not in _HOST_NEEDS, len(p), p))
-
-    def _stacked(self, address: str, disks: list[str], blocks: list[str]) -> list[User]:
-        upper = [n for n in blocks if n not in disks]
-        upper += [f"bcache on {n}" for n in blocks if self.host.exists(f"/sys/class/block/{n}/bcache")]
-        if not upper:
-            return []
         hint = "dmsetup ls --tree and /proc/mdstat show it: stop it first"
-        return [User(address, USE, f"carries {_some(upper)}", hint)]
-
-    def _udev(self, block: str, key: str) -> str:
-        """Return what udev found on a disk; it has looked already, and nobody need open it again."""
-        number = self.host.known(f"/sys/class/block/{block}/dev")
-        for line in self.host.known(f"/run/udev/data/b{number}").splitlines():
-            if line.startswith(f"E:{key}="):
-                return line.partition("=")[2]
-        return ""
-
-    def _first_words(self, path: str) -> list[str]:
-        return [line.split()[0] for line in self.host.known(path).splitlines()[1:] if line.strip()]
+        return [User(address, USE, f"carries {_some(upper)}", hint)] if (upper := disks.upper()) else []
 
     # -- network
 

@@ -1,0 +1,98 @@
+"""What the host has on a PCI device's disks: mounts, swap, and whatever is stacked on them.
+
+Read from sysfs, /proc and udev's notes: no disk is opened. What cannot be read raises OSError.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # importing typing would cost release more than all its work
+if TYPE_CHECKING:
+    from virt_usher.host import Host
+    from virt_usher.host.links import Links
+
+HOST_NEEDS = ("/", "/boot", "/boot/efi", "/usr", "/var", "/home", "/nix", "/etc")
+_BLOCK = "/sys/class/block"
+_POOLS = "/proc/spl/kstat/zfs"
+
+
+class Disks:
+    """The disks of one device, and `blocks`: with their partitions and all that is built upon them."""
+
+    def __init__(self, host: Host, links: Links, address: str) -> None:
+        self._host = host
+        self._links = links
+        self._own = self._paths(address)
+        self.blocks = self._with_above(self._own)
+        # What a mount or a swap may call them: dm devices have two names.
+        mapped = {host.known(f"{_BLOCK}/{n}/dm/name") for n in self.blocks} - {""}
+        self._names = {*self.blocks, *mapped}
+
+    def places(self) -> list[str]:
+        """Return what is mounted from them, what the host needs first."""
+        numbers = {self._host.known(f"{_BLOCK}/{n}/dev") for n in self.blocks} - {""}
+        pools, btrfs = self._pools(), self._btrfs()
+        found, btrfs_seen = [], False
+        for line in self._host.known("/proc/1/mountinfo").splitlines():
+            left, _, right = line.partition(" - ")
+            fields, (kind, source, *_) = left.split(" "), [*right.split(" "), "", ""]
+            # btrfs and ZFS have numbers of their own there, and name a device or a pool.
+            pool = source.partition("/")[0] if kind == "zfs" else ""
+            known = source.rpartition("/")[2] in self._names or pool in pools
+            if len(fields) > 4 and (known or fields[2] in numbers):
+                found.append(fields[4])
+                btrfs_seen = btrfs_seen or kind == "btrfs"
+        if btrfs and not btrfs_seen:  # the kernel lists a btrfs there while it is mounted
+            found.append(f"a btrfs of several disks ({btrfs[0]})")
+        if not found:
+            found = [f"the ZFS pool {p}" for p in sorted(pools) if self._host.exists(f"{_POOLS}/{p}")]
+        return sorted(dict.fromkeys(found), key=lambda p: (p not in HOST_NEEDS, len(p), p))
+
+    def swaps(self) -> list[str]:
+        """Return the swap spaces on them."""
+        lines = self._host.known("/proc/swaps").splitlines()[1:]
+        files = [line.split()[0] for line in lines if line.strip()]
+        return [f for f in files if f.rpartition("/")[2] in self._names]
+
+    def upper(self) -> list[str]:
+        """Return what is stacked on them."""
+        found = [n for n in self.blocks if n not in self._own]
+        return found + [f"bcache on {n}" for n in self.blocks if self._host.exists(f"{_BLOCK}/{n}/bcache")]
+
+    def _paths(self, address: str) -> list[str]:
+        """Return the device's own disks and partitions."""
+        found = self._links.below(_BLOCK, address)
+        for subsystem in self._host.entries("/sys/class/nvme-subsystem"):
+            # With native multipath the disk hangs on the subsystem, and the controller's own path is hidden.
+            base = f"/sys/class/nvme-subsystem/{subsystem}"
+            if any(f"/{address}/" in self._host.target(f"{base}/{n}") for n in self._host.entries(base)):
+                found += [n for n, t in self._links.of(_BLOCK).items() if f"/{subsystem}/" in t]
+        return found
+
+    def _with_above(self, disks: list[str]) -> list[str]:
+        """Return disks and partitions with all that is built upon them, through any depth."""
+        todo, found = list(disks), list[str]()
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.append(name)
+                todo += self._host.entries(f"{_BLOCK}/{name}/holders")
+                todo += [n for n, t in self._links.of(_BLOCK).items() if f"/{name}/" in t]
+        return sorted(found)
+
+    def _pools(self) -> set[str]:
+        members = [n for n in self.blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
+        return {self._udev(n, "ID_FS_LABEL") for n in members} - {""}
+
+    def _btrfs(self) -> list[str]:
+        """Return the btrfs that have one of them, by UUID."""
+        base = "/sys/fs/btrfs"
+        uuids = self._host.entries(base)
+        return [u for u in uuids if any(n in self.blocks for n in self._host.entries(f"{base}/{u}/devices"))]
+
+    def _udev(self, block: str, key: str) -> str:
+        """Return what udev found on a disk; it has looked already, and nobody need open it again."""
+        number = self._host.known(f"{_BLOCK}/{block}/dev")
+        for line in self._host.known(f"/run/udev/data/b{number}").splitlines():
+            if line.startswith(f"E:{key}="):
+                return line.partition("=")[2]
+        return ""
