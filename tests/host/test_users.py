@@ -35,11 +35,12 @@ def disk(host: PciHost, name: str = "nvme0n1", number: str = "259:0") -> PciHost
 
 
 def mounts(host: PciHost, *lines: str) -> None:
-    """Write mountinfo lines: NUMBER ROOT PLACE - KIND SOURCE."""
+    """Write mountinfo lines: NUMBER ROOT PLACE - KIND SOURCE [OPTIONS]."""
     text = ""
     for i, line in enumerate(lines):
-        number, root, place, _, kind, source = line.split(" ")
-        text += f"{i + 20} 1 {number} {root} {place} rw,noatime shared:1 - {kind} {source} rw\n"
+        number, root, place, _, kind, source, *options = line.split(" ")
+        text += f"{i + 20} 1 {number} {root} {place} rw,noatime shared:1 - {kind} {source} "
+        text += ",".join(["rw", *options]) + "\n"
     host.file("/proc/1/mountinfo", text)
 
 
@@ -49,6 +50,13 @@ def stack(host: PciHost, above: str, below: str, number: str, **files: str) -> N
     for file, text in {"dev": number, **files}.items():
         host.file(f"/sys/devices/virtual/block/{above}/{file.replace('__', '/')}", text)
     host.link_to(f"/sys/class/block/{above}", f"../../devices/virtual/block/{above}")
+
+
+def loop(host: PciHost, name: str, file: str, number: str) -> None:
+    """Set up a loop device on a file or on another device."""
+    host.file(f"/sys/devices/virtual/block/{name}/dev", number)
+    host.file(f"/sys/devices/virtual/block/{name}/loop/backing_file", file)
+    host.link_to(f"/sys/class/block/{name}", f"../../devices/virtual/block/{name}")
 
 
 # -- disks
@@ -81,6 +89,27 @@ def on_btrfs(host: PciHost) -> None:
 def on_second_disk_of_btrfs(host: PciHost) -> None:
     mounts(disk(host), "0:31 /@ /data - btrfs /dev/sdb1")
     host.file("/sys/fs/btrfs/8f2c/devices/nvme0n1p1/uevent").file("/sys/fs/btrfs/features/raid56")
+
+
+def on_middle_disk_of_bcachefs(host: PciHost) -> None:
+    mounts(disk(host), "0:31 / /data - bcachefs /dev/sda:/dev/nvme0n1p1:/dev/sdb")
+
+
+def log_of_xfs(host: PciHost) -> None:
+    mounts(disk(host), "8:17 / /srv - xfs /dev/sdb1 attr2,logdev=/dev/nvme0n1p1,noquota")
+
+
+def files_of_xfs_on_lvm(host: PciHost) -> None:
+    """As the admin named it: mount(8) does not resolve this one."""
+    stack(disk(host), "dm-2", "nvme0n1p1", "254:2")
+    host.link_to("/dev/vg/files", "../dm-2")
+    mounts(host, "8:17 / /srv - xfs /dev/sdb1 rtdev=/dev/vg/files")
+
+
+def through_a_loop_device(host: PciHost) -> None:
+    loop(disk(host), "loop1", "/var/lib/snapd/snaps/core22.snap", "7:1")
+    loop(host, "loop0", "/dev/nvme0n1p1", "7:0")
+    mounts(host, "7:1 / /snap/core22 - squashfs /dev/loop1", "7:0 / /srv - ext4 /dev/loop0")
 
 
 def on_zfs(host: PciHost) -> None:
@@ -117,6 +146,10 @@ DISKS: dict[Callable[[PciHost], None], str] = {
     on_luks_on_raid: "carries what is mounted on /home",
     on_btrfs: "carries what is mounted on /",
     on_second_disk_of_btrfs: "carries what is mounted on a btrfs of several disks (8f2c)",
+    on_middle_disk_of_bcachefs: "carries what is mounted on /data",
+    log_of_xfs: "carries what is mounted on /srv",
+    files_of_xfs_on_lvm: "carries what is mounted on /srv",
+    through_a_loop_device: "carries what is mounted on /srv",
     on_zfs: "carries what is mounted on /tank",
     on_zfs_without_mounts: "carries what is mounted on the ZFS pool tank",
     on_swap: "carries the swap space /dev/nvme0n1p1",
@@ -139,6 +172,18 @@ def test_a_stack_without_mounts(tmp_path: Path) -> None:
     host = disk(make(tmp_path))
     stack(host, "md0", "nvme0n1p1", "9:0")
     assert found(host) == [(users.USE, "carries md0")]
+
+
+def test_a_loop_device_without_a_mount(tmp_path: Path) -> None:
+    loop(host := disk(make(tmp_path)), "loop0", "/dev/nvme0n1", "7:0")
+    assert found(host) == [(users.USE, "carries loop0")]
+
+
+@pytest.mark.parametrize("source", ["/dev/sda:/dev/sdb", "/dev/sdb1 logdev=/dev/sdc1"])
+def test_other_disks_of_a_mount_are_others(tmp_path: Path, source: str) -> None:
+    kind = "xfs" if " " in source else "bcachefs"
+    mounts(host := disk(make(tmp_path)), f"0:31 / /data - {kind} {source}")
+    assert not found(host)
 
 
 def test_a_disk_that_a_program_has_open(tmp_path: Path) -> None:

@@ -34,10 +34,9 @@ class Disks:
         found, btrfs_seen = [], False
         for line in self._host.known("/proc/1/mountinfo").splitlines():
             left, _, right = line.partition(" - ")
-            fields, (kind, source, *_) = left.split(" "), [*right.split(" "), "", ""]
-            # btrfs and ZFS have numbers of their own there, and name a device or a pool.
+            fields, (kind, source, options, *_) = left.split(" "), [*right.split(" "), "", "", ""]
             pool = source.partition("/")[0] if kind == "zfs" else ""
-            known = source.rpartition("/")[2] in self._names or pool in pools
+            known = pool in pools or not self._names.isdisjoint(self._named(kind, source, options))
             if len(fields) > 4 and (known or fields[2] in numbers):
                 found.append(fields[4])
                 btrfs_seen = btrfs_seen or kind == "btrfs"
@@ -46,6 +45,16 @@ class Disks:
         if not found:
             found = [f"the ZFS pool {p}" for p in sorted(pools) if self._host.exists(f"{_POOLS}/{p}")]
         return sorted(dict.fromkeys(found), key=lambda p: (p not in HOST_NEEDS, len(p), p))
+
+    def _named(self, kind: str, source: str, options: str) -> list[str]:
+        """Return the devices that a mount names: its number is that of one of them at best.
+
+        btrfs, bcachefs and ZFS have numbers of their own; XFS may keep its log and more on other disks.
+        """
+        devices = source.split(":") if kind == "bcachefs" else [source]
+        more = [o.partition("=")[2] for o in options.split(",") if o.startswith(("logdev=", "rtdev="))]
+        # mount(8) resolves the source, but not these: /dev/VG/LV, /dev/disk/by-id/….
+        return [d.rpartition("/")[2] for d in (*devices, *more)] + [self._host.link(d) for d in more]
 
     def swaps(self) -> list[str]:
         """Return the swap spaces on them."""
@@ -71,13 +80,23 @@ class Disks:
     def _with_above(self, disks: list[str]) -> list[str]:
         """Return disks and partitions with all that is built upon them, through any depth."""
         todo, found = list(disks), list[str]()
+        loops = self._loops() if disks else {}
         while todo:
             name = todo.pop()
             if name not in found:
                 found.append(name)
                 todo += self._host.entries(f"{_BLOCK}/{name}/holders")
                 todo += [n for n, t in self._links.of(_BLOCK).items() if f"/{name}/" in t]
+                todo += loops.get(f"/dev/{name}", ())
         return sorted(found)
+
+    def _loops(self) -> dict[str, list[str]]:
+        """Return what loop devices are set up on, which has no holders: file or device -> loop devices."""
+        found: dict[str, list[str]] = {}
+        for name in self._links.of(_BLOCK):
+            if name.startswith("loop"):
+                found.setdefault(self._host.known(f"{_BLOCK}/{name}/loop/backing_file"), []).append(name)
+        return found
 
     def _pools(self) -> set[str]:
         members = [n for n in self.blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
