@@ -112,14 +112,32 @@ def through_a_loop_device(host: PciHost) -> None:
     mounts(host, "7:1 / /snap/core22 - squashfs /dev/loop1", "7:0 / /srv - ext4 /dev/loop0")
 
 
+def zfs(host: PciHost, *, label: str = "tank", guid: str = "4242", pool: str = "tank", now: str = "") -> None:
+    """What udev found on the disk's partition, and a pool that the host has imported, with its guid."""
+    found = f"E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL={label}\nE:ID_FS_UUID={guid}"
+    disk(host).file("/run/udev/data/b259:1", found).file("/proc/spl/kstat/zfs/arcstats", "13 1 0x01")
+    if pool:
+        host.file(f"/proc/spl/kstat/zfs/{pool}/state", "ONLINE")
+    if now:
+        host.file(f"/proc/spl/kstat/zfs/{pool}/guid", now)
+
+
 def on_zfs(host: PciHost) -> None:
-    disk(host).file("/run/udev/data/b259:1", "E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL=tank")
+    zfs(host, now="4242")
+    mounts(host, "0:40 / /tank - zfs tank/home")
+
+
+def on_zfs_that_tells_no_guid(host: PciHost) -> None:
+    zfs(host)
     mounts(host, "0:40 / /tank - zfs tank/home")
 
 
 def on_zfs_without_mounts(host: PciHost) -> None:
-    disk(host).file("/run/udev/data/b259:1", "E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL=tank")
-    host.file("/proc/spl/kstat/zfs/tank/state", "ONLINE")
+    zfs(host, now="4242")
+
+
+def on_zfs_that_was_imported_by_another_name(host: PciHost) -> None:
+    zfs(host, label="old", now="4242")
 
 
 def on_swap(host: PciHost) -> None:
@@ -151,6 +169,8 @@ DISKS: dict[Callable[[PciHost], None], str] = {
     files_of_xfs_on_lvm: "carries what is mounted on /srv",
     through_a_loop_device: "carries what is mounted on /srv",
     on_zfs: "carries what is mounted on /tank",
+    on_zfs_that_tells_no_guid: "carries what is mounted on /tank",
+    on_zfs_that_was_imported_by_another_name: "carries what is mounted on the ZFS pool tank",
     on_zfs_without_mounts: "carries what is mounted on the ZFS pool tank",
     on_swap: "carries the swap space /dev/nvme0n1p1",
     on_multipath: "carries what is mounted on /",
@@ -172,6 +192,20 @@ def test_a_stack_without_mounts(tmp_path: Path) -> None:
     host = disk(make(tmp_path))
     stack(host, "md0", "nvme0n1p1", "9:0")
     assert found(host) == [(users.USE, "carries md0")]
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_guests_own_pool_of_the_same_name(tmp_path: Path, mounted: bool) -> None:
+    zfs(host := make(tmp_path), now="2323")
+    mounts(host, "0:40 / / - zfs tank/home" if mounted else "8:17 / / - ext4 /dev/sdb1")
+    assert not found(host)
+
+
+@pytest.mark.parametrize("pool", ["tank", ""])
+def test_a_cache_or_a_spare_of_a_pool(tmp_path: Path, pool: str) -> None:
+    """Its label names no pool; where the host has none, it is none of the host's."""
+    zfs(host := make(tmp_path), label="", guid="", pool=pool)
+    assert found(host) == ([(users.USE, "may be a cache or a spare of a ZFS pool")] if pool else [])
 
 
 def test_a_loop_device_without_a_mount(tmp_path: Path) -> None:
@@ -528,6 +562,10 @@ def a_keyboard(host: PciHost) -> None:
 
 def virtual_functions(host: PciHost) -> None:
     host.file(f"/sys/bus/pci/devices/{A}/sriov_numvfs", "2")
+
+
+def a_spare_of_zfs(host: PciHost) -> None:
+    zfs(host, label="", guid="")
 
 
 def a_desktop(host: PciHost) -> None:

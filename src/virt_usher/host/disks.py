@@ -7,6 +7,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from virt_usher.host import Host
     from virt_usher.host.links import Links
 
@@ -30,7 +32,8 @@ class Disks:
     def places(self) -> list[str]:
         """Return what is mounted from them, what the host needs first."""
         numbers = {self._host.known(f"{_BLOCK}/{n}/dev") for n in self.blocks} - {""}
-        pools, btrfs = self._pools(), self._btrfs()
+        imported, btrfs = self._imported(), self._btrfs()
+        pools = self._zfs(imported)
         found, btrfs_seen = [], False
         for line in self._host.known("/proc/1/mountinfo").splitlines():
             left, _, right = line.partition(" - ")
@@ -43,7 +46,7 @@ class Disks:
         if btrfs and not btrfs_seen:  # the kernel lists a btrfs there while it is mounted
             found.append(f"a btrfs of several disks ({btrfs[0]})")
         if not found:
-            found = [f"the ZFS pool {p}" for p in sorted(pools) if self._host.exists(f"{_POOLS}/{p}")]
+            found = [f"the ZFS pool {p}" for p in imported if p in pools]
         return sorted(dict.fromkeys(found), key=lambda p: (p not in HOST_NEEDS, len(p), p))
 
     def _named(self, kind: str, source: str, options: str) -> list[str]:
@@ -66,6 +69,10 @@ class Disks:
         """Return what is stacked on them."""
         found = [n for n in self.blocks if n not in self._own]
         return found + [f"bcache on {n}" for n in self.blocks if self._host.exists(f"{_BLOCK}/{n}/bcache")]
+
+    def spare(self) -> bool:
+        """Tell whether one may serve a pool of the host: the label of a cache or a spare names none."""
+        return any(not name for name, _ in self._members()) and bool(self._imported())
 
     def _paths(self, address: str) -> list[str]:
         """Return the device's own disks and partitions."""
@@ -98,9 +105,27 @@ class Disks:
                 found.setdefault(self._host.known(f"{_BLOCK}/{name}/loop/backing_file"), []).append(name)
         return found
 
-    def _pools(self) -> set[str]:
+    def _zfs(self, imported: Collection[str]) -> set[str]:
+        """Return the pools that the host may have from them, by guid: names are for a guest to choose, too.
+
+        Where one of the two guids is not known (older ZFS has no such file), the name decides.
+        """
+        guids = {p: self._host.known(f"{_POOLS}/{p}/guid") for p in imported}
+        found = set()
+        for name, guid in self._members():
+            found |= {p for p, g in guids.items() if g and g == guid}
+            if name and not (guid and guids.get(name)):
+                found.add(name)
+        return found
+
+    def _imported(self) -> list[str]:
+        """Return the ZFS pools that the host has; there are files beside their folders."""
+        return [n for n in self._host.entries(_POOLS) if self._host.entries(f"{_POOLS}/{n}")]
+
+    def _members(self) -> list[tuple[str, str]]:
+        """Return name and guid of the pool of each disk that has one, '' where its label does not say."""
         members = [n for n in self.blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
-        return {self._udev(n, "ID_FS_LABEL") for n in members} - {""}
+        return [(self._udev(n, "ID_FS_LABEL"), self._udev(n, "ID_FS_UUID")) for n in members]
 
     def _btrfs(self) -> list[str]:
         """Return the btrfs that have one of them, by UUID."""

@@ -113,8 +113,11 @@ class _Look:
             return [User(address, DATA, f"carries what is mounted on {_some(places)}", hint)]
         if swaps := disks.swaps():
             return [User(address, DATA, f"carries the swap space {_some(swaps)}", f"swapoff {swaps[0]}")]
-        hint = "dmsetup ls --tree and /proc/mdstat show it: stop it first"
-        return [User(address, USE, f"carries {_some(upper)}", hint)] if (upper := disks.upper()) else []
+        if upper := disks.upper():
+            hint = "dmsetup ls --tree and /proc/mdstat show it: stop it first"
+            return [User(address, USE, f"carries {_some(upper)}", hint)]
+        spare = "may be a cache or a spare of a ZFS pool"
+        return [User(address, USE, spare, "zpool status shows the disks in use")] if disks.spare() else []
 
     # -- network
 
