@@ -282,6 +282,30 @@ def test_the_default_route_through_a_bond_and_a_bridge(tmp_path: Path) -> None:
     assert found(host) == [(users.USE, "is eth0, the way of the default route through bond0, br0")]
 
 
+def dial_in(host: PciHost, under: str = "eth0", name: str = "ppp0") -> PciHost:
+    """Let the default route leave through a PPPoE session over an interface, which has no address itself."""
+    host.file(f"/sys/devices/virtual/net/{name}/type", "512")
+    host.link_to(f"/sys/class/net/{name}", f"../../devices/virtual/net/{name}")
+    sessions = f"Id       Address              Device\n00001234 00:11:22:33:44:55 {under:>8}"
+    host.file("/proc/net/pppoe", sessions)
+    return host.file("/proc/net/route", f"{ROUTES}{name}\t00000000\t00000000\t0001\t0\t0\t0\t00000000")
+
+
+@pytest.mark.parametrize("name", ["ppp0", "wan"])
+def test_the_default_route_through_pppoe(tmp_path: Path, name: str) -> None:
+    host = dial_in(card(make(tmp_path, kind=NIC)), name=name)
+    assert found(host) == [(users.USE, f"is eth0, the way of the default route through {name}")]
+
+
+def test_the_default_route_through_pppoe_on_a_vlan(tmp_path: Path) -> None:
+    host = dial_in(card(make(tmp_path, kind=NIC), **{"upper_eth0.7": ""}), "eth0.7")
+    assert found(host) == [(users.USE, "is eth0, the way of the default route through eth0.7, ppp0")]
+
+
+def test_pppoe_over_another_card(tmp_path: Path) -> None:
+    assert not found(dial_in(card(make(tmp_path, kind=NIC)), "eth1"))
+
+
 def test_a_part_of_a_bridge(tmp_path: Path) -> None:
     host = card(make(tmp_path, kind=NIC), "0x1002", upper_br0="")
     assert found(host) == [(users.USE, "is eth0, a part of br0")]
@@ -551,6 +575,10 @@ def a_way_out(host: PciHost) -> None:
     card(host)
 
 
+def a_way_out_through_pppoe(host: PciHost) -> None:
+    dial_in(card(host))
+
+
 def a_picture_and_a_console(host: PciHost) -> None:
     graphics(host).hangs_on(A, "graphics", "fb0", name="amdgpudrmfb")
     console(host)
@@ -590,6 +618,7 @@ def a_program(host: PciHost) -> None:
     [
         *DISKS,
         a_way_out,
+        a_way_out_through_pppoe,
         a_picture_and_a_console,
         a_keyboard,
         virtual_functions,

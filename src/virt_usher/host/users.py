@@ -146,17 +146,27 @@ class _Look:
         return users
 
     def _above(self, name: str) -> list[str]:
-        """Return all that is stacked on a network interface: bridges, bonds, VLANs, macvtaps."""
+        """Return all that is stacked on a network interface: bridges, bonds, VLANs, macvtaps, PPPoE."""
+        pppoe = {
+            word for line in self.host.known("/proc/net/pppoe").splitlines() for word in line.split()[2:]
+        }
         found: list[str] = []
         todo = [name]
         while todo:
-            base = f"/sys/class/net/{todo.pop()}"
+            below = todo.pop()
+            base = f"/sys/class/net/{below}"
             uppers = [n[6:] for n in self.host.entries(base) if n.startswith("upper_")]
             uppers += [m] if (m := self.host.link(f"{base}/master")) else []
+            uppers += self._ppp() if below in pppoe else []
             fresh = [u for u in dict.fromkeys(uppers) if u not in found]
             found += fresh
             todo += fresh
         return found
+
+    def _ppp(self) -> list[str]:
+        """Return all PPP interfaces, by whatever name: the kernel does not say which session each one is."""
+        names = self.links.of("/sys/class/net")
+        return [n for n in names if self.host.known(f"/sys/class/net/{n}/type") == "512"]  # ARPHRD_PPP
 
     def _routes(self, names: set[str]) -> tuple[bool, bool]:
         """Return whether a default route leaves through one of these, and whether any has an address."""
