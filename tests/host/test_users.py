@@ -421,7 +421,6 @@ def test_sound(tmp_path: Path) -> None:
 CHARS = {
     "bus/usb/001/005": ("xhci_hcd", USB, "usb_device", "1-3", "usb1"),
     "ttyUSB0": ("xhci_hcd", USB, "tty", "ttyUSB0", "usb1/1-3/1-3:1.0/ttyUSB0/tty"),
-    "hidraw0": ("xhci_hcd", USB, "hidraw", "hidraw0", "usb1/1-2/1-2:1.0/0003:1234:5678.0001/hidraw"),
     "sg2": ("mpt3sas", "010700", "scsi_generic", "sg2", "host0/target0:0:0/0:0:0:0/scsi_generic"),
     "dvb/adapter0/frontend0": ("cx23885", "048000", "dvb", "dvb0.frontend0", "dvb"),
     "uio0": ("uio_pci_generic", NVME, "uio", "uio0", "uio"),
@@ -445,7 +444,8 @@ def test_keyboards_and_mice_are_open_in_every_desktop(tmp_path: Path) -> None:
     host = make(tmp_path, "xhci_hcd", USB)
     for number, path in ((5, "usb1/1-2/input/input5"), (6, "usb1/1-2/input/input6")):
         host.hangs_on(A, "input", f"event{number}", path, node=f"input/event{number}")
-    host.runs("Xorg", "/dev/input/event5", "/dev/input/event6")
+    host.hangs_on(A, "hidraw", "hidraw0", "usb1/1-2/1-2:1.0/0003:1234:5678.0001/hidraw", node="hidraw0")
+    host.runs("Xorg", "/dev/input/event5", "/dev/input/event6", "/dev/hidraw0")
     assert not found(host)
 
 

@@ -108,13 +108,15 @@ class Disks:
     def _zfs(self, imported: Collection[str]) -> set[str]:
         """Return the pools that the host may have from them, by guid: names are for a guest to choose, too.
 
-        Where one of the two guids is not known (older ZFS has no such file), the name decides.
+        Where one of the two guids is not known (older ZFS has no such file), or is no number as both write
+        it, the name decides.
         """
-        guids = {p: self._host.known(f"{_POOLS}/{p}/guid") for p in imported}
+        said = {p: self._host.known(f"{_POOLS}/{p}/guid") for p in imported}
+        guids = {p: g for p, g in said.items() if g.isdecimal()}
         found = set()
         for name, guid in self._members():
-            found |= {p for p, g in guids.items() if g and g == guid}
-            if name and not (guid and guids.get(name)):
+            found |= {p for p, g in guids.items() if g == guid}
+            if name and not (guid.isdecimal() and name in guids):
                 found.add(name)
         return found
 

@@ -256,7 +256,8 @@ class _Look:
     def _char_nodes(self, address: str, driver: str) -> None:
         for number in self.links.below("/sys/dev/char", address):
             # All keyboards and mice are open in every desktop, which loses nothing with one of them.
-            if "/input/" in self.links.of("/sys/dev/char")[number]:
+            target = self.links.of("/sys/dev/char")[number]
+            if "/input/" in target or "/hidraw/" in target:
                 continue
             for line in self.host.known(f"/sys/dev/char/{number}/uevent").splitlines():
                 if line.startswith("DEVNAME="):
