@@ -76,6 +76,25 @@ def test_a_domain_waiting_for_its_qemu_keeps_its_pages_from_the_next(nodes: Fake
     assert nodes.pages(0) == (30, 20, 0)
 
 
+@pytest.mark.parametrize("point", range(1, 12))
+def test_what_a_killed_start_still_wanted_is_nobodys(nodes: FakeHost, point: int) -> None:
+    nodes.kill_at(point)
+    try:
+        hold(nodes, "A", AddPages(2048, 10, (0,)), uuid=UUIDS["A"])
+        killed = False
+    except Killed:
+        killed = True
+    nodes.kill_at(0)
+    had = nodes.pages(0)[0]
+    hold(nodes, "B", AddPages(2048, 10, (0,)), uuid=UUIDS["B"])
+    assert nodes.pages(0)[0] == had + 10
+    assert killed or had == 10
+    let_go(nodes, "A")
+    assert nodes.pages(0)[0] == 10
+    let_go(nodes, "B")
+    assert nodes.pages(0)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("held", "reserved", "free_for_b"),
     [

@@ -190,19 +190,27 @@ def available(host: LiveHost, pools: list[Pool], others: list[Step]) -> int:
     for journal in dict.fromkeys(s.journal for s in others):
         due = [s for s in others if s.journal is journal]
         lacks, begun = _lacks(host, journal, pools[0].size_kib)
-        promised += min(lacks, sum(s.data["pages"] for s in due if nodes & set(s.data["nodes"])))
-        mapped += min(lacks, sum(s.data["pages"] for s in due)) if begun else 0
+        promised += min(lacks, sum(_due(s) for s in due if nodes & set(s.data["nodes"])))
+        mapped += min(lacks, sum(map(_due, due))) if begun else 0
     return sum(p.free for p in pools) - max(0, pools[0].reserved - mapped) - promised
 
 
 def _lacks(host: LiveHost, journal: Journal, size: int) -> tuple[int, bool]:
     """Return how many pages a domain's QEMU has still to take, at most, and whether it has begun to."""
-    due: int = sum(s.data["pages"] * s.data["size"] for s in journal.live() if s.kind == "pages")
+    due: int = sum(_due(s) * s.data["size"] for s in journal.live() if s.kind == "pages")
     pid, held = host.qemu(journal.name, journal.uuid), 0
     for line in host.get(f"/proc/{pid}/status").splitlines() if pid else []:
         if line.startswith("HugetlbPages:"):
             held = int(line.split()[1])
     return -(-max(0, due - held) // size), held > 0
+
+
+def _due(step: Step) -> int:
+    """Return the pages that a domain's QEMU is to find: of a start that was killed here, what it had got.
+
+    It will not go on, and all of them are given back.
+    """
+    return int(step.data["pages"]) if step.done else sum(_ours(step).values())
 
 
 def _grow(host: LiveHost, step: Step, pool: Pool, wanted: int, deadline: float) -> int:
