@@ -177,6 +177,19 @@ def test_a_child_that_lives_on_does_not_keep_libvirt_waiting(pc: FakeHost) -> No
             os.kill(int(pc.read("/pid")), signal.SIGKILL)
 
 
+def test_a_plugin_that_closes_all_files_and_hangs_is_not_waited_for(pc: FakeHost) -> None:
+    note = f"open({pc.path('/pid')!r}, 'w').write(str(os.getpid()))"
+    hang = "while True:\n    try:\n        time.sleep(600)\n    except BaseException:\n        pass"
+    pc.plugin("hangs", plugin(f"os.closerange(0, 256)\n{note}\n{hang}"))
+    pc.domain("guest", "[plugins.hangs]\n").config("[deadlines]\nstart = 1\n")
+    try:
+        result = run_hook(pc, "guest", "prepare")
+        assert result.status == 3
+        assert "was not ready in time" in result.stderr
+    finally:
+        os.kill(int(pc.read("/pid")), signal.SIGKILL)
+
+
 def test_a_plugin_may_change_directory_and_environment(pc: FakeHost) -> None:
     pc.plugin("moves", plugin("os.chdir('/')\nos.environ.clear()\nreturn []"))
     pc.domain("guest", "[plugins.moves]\n[plugins.governor]\n")

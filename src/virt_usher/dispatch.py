@@ -104,27 +104,25 @@ def _keep_deadline(event: Event, host: LiveHost) -> tuple[int, str]:
         _work(Line(host, event, results_in, token, began))
     os.close(results_in)
     deadline = began + DEADLINES["stop" if event.task == GIVE_BACK else "start"]
-    answer = _listen(results, deadline)
+    answer = _listen(results, deadline, pid, event)
     if answer is None:
         try:
             os.read(token, 1)
         except BlockingIOError:  # the worker was first: its answer is on its way
-            answer = _listen(results, time.monotonic() + 5)
+            answer = _listen(results, time.monotonic() + 5, pid, event)
     if answer is None:
         answer = (
             f"virt-usher is still busy with '{printable(event.name)}' and was not ready in time\n"
             f"  {printable(_abandon(event, host, pid, results))}\n"
             "  it gives back what it took as soon as it can; see: virt-usher status"
         )
-    elif answer == "died" and event.may_refuse:
-        answer = _obituary(pid, event)
     if not event.may_refuse:
         return 0, ""
     return (REFUSED, answer) if answer else (0, "")
 
 
-def _listen(results: int, deadline: float) -> str | None:
-    """Read the worker's answer: '' or a refusal's text; None at the deadline, 'died' at its end."""
+def _listen(results: int, deadline: float, pid: int, event: Event) -> str | None:
+    """Read the worker's answer: '' or a refusal's text, as its end without one is; None if it is late."""
     buffer = b""
     poller = select.poll()  # select() itself knows no descriptor above 1023
     poller.register(results, select.POLLIN)
@@ -133,7 +131,7 @@ def _listen(results: int, deadline: float) -> str | None:
             return None
         chunk = os.read(results, 65536)
         if not chunk:
-            return "died"
+            return _obituary(pid, event, deadline)
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -143,8 +141,13 @@ def _listen(results: int, deadline: float) -> str | None:
     return None
 
 
-def _obituary(pid: int, event: Event) -> str:
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def _obituary(pid: int, event: Event, deadline: float) -> str | None:
+    """Say how the worker ended; None if at the deadline it has not: a plugin closed its side of the pipe."""
+    while not (end := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.005)
+    status = os.waitstatus_to_exitcode(end[1])
     how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return (
         f"virt-usher refused to start '{printable(event.name)}': its own process {how}\n"
