@@ -69,6 +69,7 @@ class Domain:
     pins: str = ""
     devices: tuple[str, ...] = ()
     managed: bool = True
+    more_devices: str = ""
     extra: str = ""
     # A profile of its own costs a start some five seconds here. The daemon has its profile in any case.
     confined: bool = False
@@ -88,7 +89,7 @@ class Domain:
 <domain type='{self.kind}'><name>{self.name}</name><uuid>{uuid5(NAMESPACE_DNS, self.name)}</uuid>
 <memory unit='MiB'>{self.memory_mib}</memory><vcpu>{self.vcpus}</vcpu>
 {backing}{tune}{node}<os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
-<devices><memballoon model='none'/>{hostdevs}</devices>{label}{self.extra}</domain>"""
+<devices><memballoon model='none'/>{hostdevs}{self.more_devices}</devices>{label}{self.extra}</domain>"""
 
     def _hostdev(self, role: str) -> str:
         managed = "yes" if self.managed else "no"

@@ -293,6 +293,25 @@ def test_what_the_admin_allows_comes_back(pinned: Pinned) -> None:
     run("systemctl", "daemon-reload")
 
 
+def test_a_slice_that_is_stopped_meanwhile_is_whole_when_it_is_started_again(pinned: Pinned) -> None:
+    def sleeper() -> int:
+        run("systemd-run", "--quiet", "--unit=custom", "--slice=custom.slice", "sleep", "1000")
+        return int(run("systemctl", "show", "-p", "MainPID", "--value", "custom").stdout)
+
+    sleeper()
+    enable(pinned, "cpu_isolation").start()
+    assert effective("custom.slice") == {0, 1}
+    run("systemctl", "stop", "custom.slice")
+    wait_for("its end", lambda: not Path("/sys/fs/cgroup/custom.slice").exists())
+    pinned.stop()
+    given_back(pinned)
+    for _ in range(2):  # as systemd remembers it, and as its files say
+        assert os.sched_getaffinity(sleeper()) == ALL
+        assert not kept_off()
+        run("systemctl", "stop", "custom.slice")
+        run("systemctl", "daemon-reload")
+
+
 def test_starts_that_cannot_be_are_refused_untouched(domains: list[Pinned], pinned: Pinned) -> None:
     before = host_state()
     first, other = Pinned("first", pins="0"), domains[1]

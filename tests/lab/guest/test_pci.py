@@ -155,12 +155,29 @@ def test_the_card_with_the_text_console_is_refused(domain: Domain) -> None:
     assert "the text console (fb0)" in said
 
 
-@pytest.mark.smoke
-def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path) -> None:
+def test_a_usb_device_of_a_running_guest(domain: Domain, second_domain: Domain) -> None:
+    """The controller it hangs on stays, for as long as the guest has it."""
+    keyboard = next((kernel.DEVICES / address("usb")).glob("usb*/[0-9]*-[0-9]*"))
+    bus, device = (int((keyboard / n).read_text()) for n in ("busnum", "devnum"))
+    source = f"<source><address bus='{bus}' device='{device}'/></source>"
+    second_domain.more_devices = f"<hostdev mode='subsystem' type='usb'>{source}</hostdev>"
+    second_domain.start()
+    domain.devices = ("usb",)
+    said = refused(usher.enable(domain, "pci"))
+    user = f"qemu-system-x86 (pid {second_domain.pid}, domain 'second')"
+    assert f"is in use (/dev/bus/usb/{bus:03}/{device:03}) by {user}" in said
+    assert "waive" not in said
+    second_domain.stop()
+    start(domain)
+
+
+@pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.smoke), True])
+def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path, loop: bool) -> None:
     path = next((kernel.DEVICES / address("nvme")).glob("nvme/nvme*/nvme*n1")).name
     disk = re.sub(r"c\d+", "", path)  # nvme0c0n1 is one of the paths to nvme0n1
-    run("mkfs.ext4", "-q", "-F", f"/dev/{disk}")
-    run("mount", f"/dev/{disk}", str(tmp_path))
+    node = run("losetup", "--find", "--show", f"/dev/{disk}").stdout.strip() if loop else f"/dev/{disk}"
+    run("mkfs.ext4", "-q", "-F", node)
+    run("mount", node, str(tmp_path))
     try:
         domain.devices = ("nvme",)
         said = refused(usher.enable(domain, "pci"))
@@ -168,6 +185,8 @@ def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path) -> None:
         assert f"umount {tmp_path}" in said
     finally:
         run("umount", str(tmp_path))
+        if loop:
+            run("losetup", "--detach", node)
 
 
 def test_a_network_card_in_use_is_refused(domain: Domain) -> None:
