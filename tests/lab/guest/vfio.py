@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 
 from tests.lab.guest import kernel
@@ -63,9 +64,21 @@ def opened(given: list[str]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         devices = {}
         for one in given:
             name = bytearray(one.encode() + b"\0")
-            devices[one] = fcntl.ioctl(groups[_group(one)], _GET_DEVICE_FD, name)
+            devices[one] = _device(groups[_group(one)], name)
             stack.callback(os.close, devices[one])
         yield groups, devices
+
+
+def _device(group: int, name: bytearray) -> int:
+    """Get a device; again while somebody else has its lock just then (pci_try_reset_function: EAGAIN)."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return int(fcntl.ioctl(group, _GET_DEVICE_FD, name))
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
 
 
 def _group(address: str) -> str:
