@@ -36,8 +36,8 @@ ATTACKS = {
         "what cannot be given back for it is kept, and given back later; nothing is forgotten",
     ),
     "torn": (
-        "The journal's last record is cut short, after each record and at any byte",
-        "a release brings all back, and another start and stop too",
+        "The journal's last record is cut short: each at each byte, some with the hook killed there",
+        "it is not there, nor when more is written; a release brings all back, another start and stop too",
     ),
     "other": (
         "The journal is of another version; or configuration and plugins are gone at the stop",
