@@ -68,11 +68,11 @@ class Waiver:
             small = self.device.lower()
             meant = f" (did you mean {small!r}?)" if small != self.device else ""
             found["device"] = f"{self.device!r} is not vendor:device such as 10de:1288{meant}"
-        near = nearest(self.problem, list(ending.NAMES))
-        # Other names may be those of an admin's own plugins.
-        if self.problem in ending.NEVER or (near and self.problem not in ending.NAMES):
-            known = ", ".join(ending.NAMES)
-            found["problem"] = f"{self.problem!r} is no problem that can be waived{near}: ours are {known}"
+        if self.problem not in ending.NAMES:
+            near, known = nearest(self.problem, list(ending.NAMES)), ", ".join(ending.NAMES)
+            if near or self.problem in ending.NEVER:  # else it may be that of an admin's own plugin
+                text = f"is no problem that can be waived{near}: ours are {known}"
+                found["problem"] = f"{self.problem!r} {text}"
         return found
 
 

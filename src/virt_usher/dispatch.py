@@ -111,9 +111,10 @@ def _keep_deadline(event: Event, host: LiveHost) -> tuple[int, str]:
         except BlockingIOError:  # the worker was first: its answer is on its way
             answer = _listen(results, time.monotonic() + 5, pid, event)
     if answer is None:
+        os.close(results)  # so the worker learns that nobody listens any more
         answer = (
             f"virt-usher is still busy with '{printable(event.name)}' and was not ready in time\n"
-            f"  {printable(_abandon(event, host, pid, results))}\n"
+            f"  {printable(_abandon(event, host, pid))}\n"
             "  it gives back what it took as soon as it can; see: virt-usher status"
         )
     if not event.may_refuse:
@@ -155,7 +156,7 @@ def _obituary(pid: int, event: Event, deadline: float) -> str | None:
     )
 
 
-def _abandon(event: Event, host: LiveHost, pid: int, results: int) -> str:
+def _abandon(event: Event, host: LiveHost, pid: int) -> str:
     """Leave a note in the journal that the worker goes on alone; what it holds stays claimed.
 
     Returns what the worker is doing.
@@ -170,11 +171,11 @@ def _abandon(event: Event, host: LiveHost, pid: int, results: int) -> str:
     step = next((s for s in reversed(steps) if not s.state), None)
     doing += f", at: {step.data.get('plugin')}: {step.data.get('what')}" if step else ""
     text = f"{event.operation}: not ready in time: {doing}: left alone"
-    _log_apart(event.name, journal.start_id, text, results)
+    _log_apart(event.name, journal.start_id, text)
     return doing
 
 
-def _log_apart(name: str, start_id: str, text: str, results: int) -> None:
+def _log_apart(name: str, start_id: str, text: str) -> None:
     """Log an error from a process that nobody waits for.
 
     syslog() blocks while journald is stuck and its queue is full, and so would libvirt.
@@ -183,7 +184,6 @@ def _log_apart(name: str, start_id: str, text: str, results: int) -> None:
         if os.fork() == 0:
             try:
                 _silence()
-                os.close(results)  # or the worker would not learn that nobody listens any more
                 log.say(log.ERROR, name, start_id, text)
             finally:
                 os._exit(0)

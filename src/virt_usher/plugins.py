@@ -118,8 +118,8 @@ def _load_packaged(host: Host, name: str, home: str) -> type[Any]:
     hint = f"pip install --no-deps --target {PACKAGES_DIR} PACKAGE, or disable it"
     if not (host.exists(top) or host.exists(f"{top}.py")):
         raise UsherError(f"plugin {name}: there is no {module_name} in {PACKAGES_DIR}", hint)
-    vet_all(host, PACKAGES_DIR)  # not only its own files: from here on any of them can be imported
     if (packages := host.path(PACKAGES_DIR)) not in sys.path:
+        vet_all(host, PACKAGES_DIR)  # not only its own files: from here on any of them can be imported
         sys.path.append(packages)  # last: a package must not stand in for Python's own or a distribution's
     with guard(f"plugin {name}, from {home}"):
         plugin = getattr(importlib.import_module(module_name), class_name, None)

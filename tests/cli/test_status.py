@@ -85,6 +85,8 @@ def test_pages_that_somebody_took_away_are_drift(cli: Cli, pc: FakeHost) -> None
 def test_a_domain_without_qemu_is_told_with_the_next_step(cli: Cli, pc: FakeHost) -> None:
     pc.domain("guest", "[plugins.hugepages]\n")
     hook(pc, "guest", "prepare", PAGES)
+    # Its worker has answered, and may have its lock for a moment still.
+    eventually(lambda: "being worked on" not in cli("status").out)
     ran = cli("status")
     assert ran.status == 1
     assert "virt-usher recover" in ran.out

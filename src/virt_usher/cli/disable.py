@@ -6,11 +6,12 @@ import click
 
 from virt_usher.cli import base
 from virt_usher.cli.edit import ConfigFile, warn_if_unknown, who
+from virt_usher.cli.tell.plugins import tell
 from virt_usher.config import ALWAYS_ON
 from virt_usher.domain import Domain
 from virt_usher.errors import UsherError
 from virt_usher.host import Host
-from virt_usher.plugins import find, load
+from virt_usher.plugins import find
 
 USAGE = "DOMAIN PLUGIN"
 
@@ -43,16 +44,8 @@ def command(usher: base.Usher, words: tuple[str, ...], every_domain: bool) -> No
         base.say(f"{plugin} is not on for {name or 'every domain'}.")
         return
     file.write()
-    if name is not None and xml is None and not _files_only(usher.host, plugin):
+    if name is not None and xml is None and not tell(usher.host, plugin, {})["files_only"]:
         base.say("Should the domain's <metadata> ask for it, it is on all the same.")
-
-
-def _files_only(host: Host, plugin: str) -> bool:
-    """Tell whether metadata cannot switch a plugin on; no for one that is not there any more."""
-    try:
-        return bool(getattr(load(host, plugin), "FILES_ONLY", False))
-    except UsherError:
-        return False
 
 
 def _on_elsewhere(host: Host, plugin: str, xml: bytes | None) -> bool:

@@ -8,7 +8,6 @@ and right before an unbind, release included: it imports next to nothing.
 from __future__ import annotations
 
 import os
-import re
 from itertools import pairwise
 
 from virt_usher.host import console, sessions
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 # How bad it is. DATA and GUEST have no waiver: a mounted disk, and a domain that runs with the device.
 DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
 STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
-MANAGER = sessions.MANAGER
 _SHOWN = 3
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # The first word of a keyboard's key bitmap: all of KEY_ESC to KEY_S (udev's ID_INPUT_KEYBOARD).
 _KEYBOARD = 0xFFFFFFFE
 
@@ -249,7 +246,8 @@ class _Look:
             for name in self.host.entries(f"/sys/bus/pci/devices/{member}/vfio-dev"):
                 self.nodes[f"/dev/vfio/devices/{name}"] = address
         for name in self.host.entries(f"/sys/bus/pci/devices/{address}"):
-            if _UUID.fullmatch(name):  # a part of the device that a guest has (mdev), in a group of its own
+            # A UUID: a part of the device that a guest has (mdev), in a group of its own.
+            if len(name) == 36 and name.count("-") == 4:
                 part = self.host.link(f"/sys/bus/pci/devices/{address}/{name}/iommu_group")
                 self.nodes |= {f"/dev/vfio/{part}": address} if part else {}
 
@@ -357,8 +355,8 @@ class _Look:
 def system_unit(names: frozenset[str]) -> str:
     """Return the one of a process's units that root can stop to end it, or ''."""
     services = [n for n in names if n.endswith(".service")]
-    if MANAGER in names:
-        return MANAGER
+    if sessions.MANAGER in names:
+        return sessions.MANAGER
     return services[0] if len(services) == 1 and not sessions.kept(names) else ""
 
 
