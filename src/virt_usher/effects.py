@@ -56,7 +56,7 @@ class Knob(Kind):
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
         path, new = step.data["path"], step.data["new"]
-        ruling = [s for s in others if not s.failed]
+        ruling = [s for s in others if not (s.failed or s.left)]
         if ruling:
             return {} if ruling[0].data["new"] == new else {"ruled": ruling[0].domain}
         return _set(host, path, new) if chosen(host, path) != new else {}
@@ -64,7 +64,7 @@ class Knob(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         path, old = step.data["path"], step.data["old"]
-        later = [s for s in others if not s.failed]
+        later = [s for s in others if not (s.failed or s.left)]
         if later and later[0].at < step.at:
             return ""  # the value of an earlier domain rules
         target = later[0].data["new"] if later else old

@@ -63,6 +63,11 @@ class Step:
     def failed(self) -> bool:
         return "why" in self.data
 
+    @property
+    def left(self) -> bool:
+        """Whether it is left over from a domain that has stopped: its undo failed."""
+        return "cause" in self.data
+
     def log(self, word: str, **fields: Any) -> None:
         """Append a record about this step to its journal."""
         self.journal.append({word: self.n, **fields})

@@ -192,7 +192,7 @@ def _clear(journals: Journals, journal: Journal) -> None:
 
 def _in_doubt(journal: Journal, plan: Plan) -> list[UsherError]:
     """Refuse what would build on something that an earlier start could not give back."""
-    left = {s.key: s for s in journal.live() if "cause" in s.data}
+    left = {s.key: s for s in journal.live() if s.left}
     found = [left[a.key].data for a in plan.actions if a.key in left]
     hint = "put that right, then: virt-usher recover"
     return [UsherError(f"left behind earlier: {d.get('what')}: {d.get('cause')}", hint) for d in found]

@@ -42,7 +42,7 @@ class Unit(Kind):
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
         for other in others:
-            if other.data["want"] != fields["want"]:
+            if other.data["want"] != fields["want"] and not other.left:
                 raise UsherError(
                     f"{fields['unit']} is kept {other.data['want']} for the domain {other.domain!r}"
                 )
@@ -62,8 +62,7 @@ class Unit(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         unit, old = step.data["unit"], step.data["old"]
-        # One with a cause is left over from a domain that has stopped, and wants nothing but its undo.
-        if any("cause" not in s.data for s in others) or old not in (ACTIVE, INACTIVE):
+        if any(not s.left for s in others) or old not in (ACTIVE, INACTIVE):
             return ""
         if stopping(host):
             return f"{unit} is left as it is: the system is stopping"
@@ -72,7 +71,7 @@ class Unit(Kind):
         now = _SETTLES.get(now, now)
         if now == old:
             return ""
-        tried = FAILED if "cause" in step.data else None  # an undo before this one may have left it so
+        tried = FAILED if step.left else None  # an undo before this one may have left it so
         if now not in (step.data["want"], step.data.get("reached"), tried) and step.done:
             return f"{unit} is {now} and not as we left it: left alone"
         # A unit that was restarted often has used up its start limit (systemd.unit, StartLimitBurst=).

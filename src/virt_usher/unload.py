@@ -57,7 +57,7 @@ class Module(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         name, old = step.data["module"], step.data["old"]
-        if others or not old["loaded"]:
+        if any(not s.left for s in others) or not old["loaded"]:
             return ""
         held = {s.data["address"] for s in step.journal.live() if s.kind == "driver"}
         if waits := held.intersection(a for a, _ in old["devices"]):

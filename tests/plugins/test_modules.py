@@ -101,6 +101,24 @@ def test_the_last_of_two_domains_loads_them_again(tmp_path: Path) -> None:
     assert {p: t for p, t in host.snapshot().items() if "/3" not in p} == before
 
 
+def test_a_module_that_a_stopped_domain_could_not_load_again_is_loaded_after_the_next(tmp_path: Path) -> None:
+    host = make(tmp_path)
+    before = host.snapshot()
+    run_hook(host, "guest", "prepare", xml(GPU))
+    host.hide("module.nvidia", "")
+    run_hook(host, "guest", "release")
+    host.hide("module.nvidia", "nvidia")
+    assert "the module nvidia cannot be loaded" in host.journal("guest")
+    host.device("0000:03:00.0", "8086:10d3")
+    assert run_hook(host, "other", "prepare", xml("0000:03:00.0", name="other")).status == 0
+    assert not loaded(host)
+    assert run_hook(host, "other", "release").status == 0
+    host.unplug("0000:03:00.0")
+    assert sorted(loaded(host)) == sorted(STACK)
+    assert run_hook(host, "guest", "release").status == 0
+    assert {p: t for p, t in host.snapshot().items() if "/3" not in p} == before
+
+
 def test_a_device_that_is_not_back_yet_keeps_its_driver_waiting(tmp_path: Path) -> None:
     """Its driver would come too late for it: recover does both, in order."""
     host = make(tmp_path)

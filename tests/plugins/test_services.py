@@ -235,7 +235,7 @@ def test_a_unit_that_had_failed_is_brought_and_put_back_to_rest(
 def test_a_unit_that_cannot_be_brought_refuses_the_start(
     systemd: FakeHost, options: str, reason: str
 ) -> None:
-    systemd.config("[deadlines]\nstart = 2\n")
+    systemd.config("[deadlines]\nstart = 4\n")
     systemd.link_to("/etc/systemd/system/samba.service", "/usr/lib/systemd/system/smb.service")
     result = run_hook(systemd, "guest", "prepare", enable(systemd, "guest", options))
     assert result.status != 0
@@ -247,6 +247,21 @@ def test_two_domains_that_want_opposites_do_not_both_start(systemd: FakeHost) ->
     run_hook(systemd, "one", "prepare", enable(systemd, "one", 'start = ["smb"]'))
     result = run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["smb"]'))
     assert "smb.service is kept active for the domain 'one'" in result.stderr
+
+
+def test_what_is_left_of_a_stopped_domain_forbids_no_opposite(systemd: FakeHost) -> None:
+    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'stop = ["greeter"]'))
+    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
+    systemd.file("/usr/bin/systemctl", fails, 0o755)
+    run_hook(systemd, "one", "release")
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
+    assert "failed to start" in systemd.journal("one")
+    result = run_hook(systemd, "two", "prepare", enable(systemd, "two", 'start = ["greeter"]'))
+    assert result.status == 0, result.stderr
+    assert state(systemd, "greeter") == "active"
+    run_hook(systemd, "two", "release")
+    run_hook(systemd, "one", "release")
+    assert (systemd.journal("one"), systemd.journal("two"), state(systemd, "greeter")) == ("", "", "active")
 
 
 def test_no_job_is_queued_while_the_system_stops(systemd: FakeHost) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from virt_usher.actions import Write
@@ -38,6 +40,22 @@ def test_values_are_set_and_come_back(knobs: FakeHost) -> None:
     assert (knobs.read(INTERVAL), knobs.read(THP)) == ("120", "never")
     assert run_hook(knobs, "guest", "release").status == 0
     assert (knobs.read(INTERVAL), knobs.read(THP)) == ("1", "madvise")
+
+
+def test_a_value_that_a_stopped_domain_could_not_put_back_rules_nobody(knobs: FakeHost) -> None:
+    for name, value in (("one", 120), ("two", 60)):
+        knobs.domain(name, f'[plugins.sysfs]\nset = ["{INTERVAL} = {value}"]')
+    run_hook(knobs, "one", "prepare")
+    knobs.fail(INTERVAL, errno.EIO)
+    run_hook(knobs, "one", "release")
+    knobs.heal()
+    assert "Input/output error" in knobs.journal("one")
+    run_hook(knobs, "two", "prepare")
+    assert knobs.read(INTERVAL) == "60"
+    run_hook(knobs, "two", "release")
+    assert knobs.read(INTERVAL) == "1"
+    run_hook(knobs, "one", "release")
+    assert (knobs.journal("one"), knobs.journal("two"), knobs.read(INTERVAL)) == ("", "", "1")
 
 
 def test_wildcards_and_the_cpus_of_the_domain(knobs: FakeHost) -> None:

@@ -30,7 +30,7 @@ def tell(host: LiveHost, step: Step, claims: list[Step]) -> Told:
 
 def _knob(host: LiveHost, step: Step, claims: list[Step]) -> Told:
     """A value: the earliest claim rules."""
-    ruler = next((c for c in claims if not c.failed), step)
+    ruler = next((c for c in claims if not (c.failed or c.left)), step)
     old, new = step.data.get("old"), step.data["new"]
     try:
         now = chosen(host, step.data["path"])
