@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from virt_usher.actions import Action, KeepUnit, Problem, Write
 from virt_usher.domain import Domain
 from virt_usher.errors import typed
-from virt_usher.host import Host, console, users, vfio
+from virt_usher.host import Host, console, sessions, users, vfio
 from virt_usher.host.pci import Device
 from virt_usher.prepare import Plan
 from virt_usher.units import own_name
@@ -35,7 +35,7 @@ def problems(
             hint = f"in /etc/virt-usher/domains/, put the plugin that ends it before {_plugin(plan, action)}"
         elif user.console:
             hint = f"virt-usher enable {typed(domain.name)} consoles"
-        elif user.units and all(services := [users.system_unit(names) for names in user.units]):
+        elif user.units and all(services := [sessions.system_unit(names) for names in user.units]):
             units = ",".join(sorted({*stopped(actions), *services}))
             hint = f"virt-usher enable {typed(domain.name)} services stop={units}"
         yield problem(domain, host.pci.device(user.address), user.problem, what, hint)

@@ -35,7 +35,7 @@ def by(host: Host, addresses: Collection[str], waived: Collection[str] = ()) -> 
 def released(host: Host, step: Step) -> bool:
     """Whether this start took the text console away, and nobody brought it back.
 
-    A connector of its card still says `enabled` then: the kernel leaves the last picture on.
+    Its card is still the firmware's display then (boot_vga).
     """
     ours = any(s.key.startswith(console.CONSOLES) for s in step.journal.live())
     return ours and not console.bound(host)

@@ -14,47 +14,51 @@ CARD = "0000:01:00.0"
 USER = "/user.slice/user-1000.slice"
 SERVICE = f"{USER}/user@1000.service/session.slice/org.gnome.Shell@wayland.service"
 LOGIND, INIT = "/system.slice/systemd-logind.service", "/init.scope"
-WAYLAND = "# private\nUID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user"
-X11 = "UID=1000\nUSER=jo\nTYPE=x11\nCLASS=user"
-SSH = "UID=1000\nUSER=jo\nTYPE=tty\nREMOTE=1\nCLASS=user"
-GREETER = "UID=42\nUSER=gdm\nTYPE=wayland\nCLASS=greeter"
-OTHERS_SSH = "UID=1001\nUSER=al\nTYPE=tty\nCLASS=user"
-OWN_MANAGER = "UID=1000\nUSER=jo\nTYPE=unspecified\nCLASS=manager"
-AT_NIGHT = "UID=1000\nUSER=jo\nTYPE=unspecified\nCLASS=background"
+GDM = "/system.slice/gdm.service"
+Session = dict[str, str]
+DESKTOP: Session = {"starter": GDM, "TYPE": "wayland"}
+GREETD: Session = {"starter": GDM, "TYPE": "tty"}  # as is its compositor's
+STARTX: Session = {"TYPE": "wayland", "SERVICE": "login"}  # with XDG_SESSION_TYPE set by hand
+SSH: Session = {"starter": "/system.slice/ssh.service", "SEAT": "", "TYPE": "tty"}
+GREETER: Session = {"starter": GDM, "UID": "42", "USER": "gdm", "CLASS": "greeter"}
+OTHERS_SSH: Session = SSH | {"UID": "1001", "USER": "al"}
+OWN_MANAGER: Session = {"SEAT": "", "CLASS": "manager"}
+AT_NIGHT: Session = {"starter": "/system.slice/cron.service", "SEAT": "", "CLASS": "background"}
 
 
-def host_with(root: Path, *logged_in: str, lingers: str = "") -> PciHost:
+def host_with(root: Path, *logged_in: Session, lingers: str = "") -> PciHost:
     """A graphics card, and sessions from number 2 on."""
     host = PciHost(root).device(CARD, driver="amdgpu", kind="030000").hangs_on(CARD, "drm", "card0")
-    for number, text in enumerate(logged_in, 2):
-        host.file(f"/run/systemd/sessions/{number}", text)
+    for number, about in enumerate(logged_in, 2):
+        host.logs_in(number, **about)
     return host.file(f"/var/lib/systemd/linger/{lingers}") if lingers else host
 
 
 ENDS = {
-    "a service": ("/system.slice/nvidia-persistenced.service", [WAYLAND], "", False),
-    "a graphical session": (f"{USER}/session-2.scope", [WAYLAND], "", True),
-    "an X session": (f"{USER}/session-2.scope", [X11], "", True),
+    "a service": ("/system.slice/nvidia-persistenced.service", [DESKTOP], "", False),
+    "a graphical session": (f"{USER}/session-2.scope", [DESKTOP], "", True),
+    "a session of greetd": (f"{USER}/session-2.scope", [GREETD], "", True),
+    "a session that somebody started on a console": (f"{USER}/session-2.scope", [STARTX], "", False),
     "a session on a console": (f"{USER}/session-2.scope", [SSH], "", False),
     "a graphical session of somebody with an ssh session": (
         f"{USER}/session-2.scope",
-        [WAYLAND, SSH],
+        [DESKTOP, SSH],
         "",
         True,
     ),
-    "an ssh session of somebody with a desktop": (f"{USER}/session-3.scope", [WAYLAND, SSH], "", False),
-    "a user's service": (SERVICE, [WAYLAND, OTHERS_SSH], "", True),
-    "a user's service, the manager being a session": (SERVICE, [X11, OWN_MANAGER, AT_NIGHT], "", True),
+    "an ssh session of somebody with a desktop": (f"{USER}/session-3.scope", [DESKTOP, SSH], "", False),
+    "a user's service": (SERVICE, [DESKTOP, OTHERS_SSH], "", True),
+    "a user's service, the manager being a session": (SERVICE, [GREETD, OWN_MANAGER, AT_NIGHT], "", True),
     "a user's service without a desktop": (SERVICE, [SSH, GREETER], "", False),
-    "a user's service that ssh keeps": (SERVICE, [WAYLAND, SSH], "", False),
-    "a user's service that lingers": (SERVICE, [WAYLAND], "jo", False),
-    "a user's service, others linger": (SERVICE, [WAYLAND], "al", True),
-    "logind": (LOGIND, [WAYLAND, SSH], "", True),
+    "a user's service that ssh keeps": (SERVICE, [DESKTOP, SSH], "", False),
+    "a user's service that lingers": (SERVICE, [DESKTOP], "jo", False),
+    "a user's service, others linger": (SERVICE, [DESKTOP], "al", True),
+    "logind": (LOGIND, [DESKTOP, SSH], "", True),
     "logind for a greeter": (LOGIND, [GREETER], "", True),
-    "PID 1": (INIT, [X11], "", True),
+    "PID 1": (INIT, [GREETD], "", True),
     "logind without a desktop": (LOGIND, [SSH, OWN_MANAGER], "", False),
     "PID 1 without anybody": (INIT, [], "", False),
-    "a container's PID 1": (f"/machine.slice/a.scope{INIT}", [WAYLAND], "", False),
+    "a container's PID 1": (f"/machine.slice/a.scope{INIT}", [DESKTOP], "", False),
     "the user's own PID 1": (f"{USER}/user@1000.service{INIT}", [SSH, GREETER], "", False),
 }
 
@@ -64,17 +68,17 @@ def test_what_ends_with_the_display_manager(tmp_path: Path, case: str) -> None:
     cgroup, logged_in, lingers, ends = ENDS[case]
     host = host_with(tmp_path, *logged_in, lingers=lingers)
     pid = host.runs("a-program", cgroup=cgroup)
-    assert (sessions.MANAGER in sessions.ending(host, str(pid))) == ends
+    assert ("gdm.service" in sessions.ending(host, str(pid))) == ends
 
 
 def test_the_fifo_of_a_session_is_none(tmp_path: Path) -> None:
     """As PAM has it open for the session's time: a read that does not block would be EAGAIN."""
-    host = host_with(tmp_path, WAYLAND)
+    host = host_with(tmp_path, DESKTOP)
     os.mkfifo(fifo := host.path("/run/systemd/sessions/2.ref"))
     end = os.open(fifo, os.O_RDWR)
     try:
         pid = host.runs("a-program", cgroup=SERVICE)
-        assert sessions.MANAGER in sessions.ending(host, str(pid))
+        assert "gdm.service" in sessions.ending(host, str(pid))
     finally:
         os.close(end)
 
@@ -99,17 +103,17 @@ HINTS = {
     "a service": (["/system.slice/a.service"], [], f"{STOP} a.service"),
     "a desktop that logind has the card for": (
         [INIT, LOGIND, SERVICE],
-        [WAYLAND],
-        f"{STOP} {sessions.MANAGER}",
+        [DESKTOP],
+        f"{STOP} gdm.service",
     ),
     "and ssh": (
         [INIT, LOGIND, SERVICE],
-        [WAYLAND, SSH],
-        f"{STOP} {sessions.MANAGER} user@1000.service",
+        [DESKTOP, SSH],
+        f"{STOP} gdm.service user@1000.service",
     ),
     "nobody that logind has it for": ([INIT, LOGIND], [], SHOW),
     "logind and a service": ([LOGIND, "/system.slice/a.service"], [], SHOW),
-    "startx": ([INIT, LOGIND, f"{USER}/session-2.scope"], [SSH], "end it: kill PID"),
+    "startx": ([INIT, LOGIND, f"{USER}/session-2.scope"], [STARTX], "end it: kill PID"),
     "a container": (["/system.slice/docker-4242.scope"], [], "end it: kill PID"),
 }
 

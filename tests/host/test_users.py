@@ -339,8 +339,18 @@ def test_a_graphics_card_that_shows_nothing(tmp_path: Path) -> None:
     assert not found(graphics(make(tmp_path, kind=VGA), enabled="disabled"))
 
 
-def test_a_picture(tmp_path: Path) -> None:
-    assert found(graphics(make(tmp_path, kind=VGA))) == [(users.DISPLAY, "shows a picture on HDMI-A-1")]
+def test_a_picture_is_somebodys_while_a_process_has_the_card(tmp_path: Path) -> None:
+    host = graphics(make(tmp_path, kind=VGA))
+    pid = host.runs("Xorg", "/dev/dri/card0", cgroup="/system.slice/gdm.service")
+    use, shown = users.find(host, [A])
+    assert (use.problem, shown.problem, shown.what) == (
+        users.USE,
+        users.DISPLAY,
+        "shows a picture on HDMI-A-1",
+    )
+    assert shown.units == use.units == (frozenset({"gdm.service"}),)
+    host.ends(pid)  # and what the kernel shows then is nobody's
+    assert not users.find(host, [A])
 
 
 def test_the_boot_display_with_the_console(tmp_path: Path) -> None:
@@ -597,7 +607,7 @@ def a_spare_of_zfs(host: PciHost) -> None:
 
 
 def a_desktop(host: PciHost) -> None:
-    host.file("/run/systemd/sessions/2", "UID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user")
+    host.logs_in(2, "/system.slice/gdm.service")
     host.file("/var/lib/systemd/linger/somebody")
     manager = "/user.slice/user-1000.slice/user@1000.service/session.slice/kwin.service"
     graphics(host, enabled="disabled").runs("kwin", "/dev/dri/card0", cgroup=manager)

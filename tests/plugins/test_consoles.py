@@ -104,11 +104,11 @@ def test_a_picture_of_the_consoles_own_goes_with_it(tmp_path: Path) -> None:
     assert result.status == 0, result.stderr
 
 
-def test_a_picture_beside_the_console_of_another_card_stays_a_reason(tmp_path: Path) -> None:
-    host = make(tmp_path, first=IGPU)
+def test_somebodys_picture_beside_the_console_of_another_card_stays_a_reason(tmp_path: Path) -> None:
+    host = make(tmp_path, first=IGPU).hangs_on(GPU, "drm", "card0", "drm/card0")
     host.hangs_on(
         GPU, "drm", "card0-HDMI-A-1", "drm/card0/card0-HDMI-A-1", status="connected", enabled="enabled"
-    )
+    ).runs("kwin", "/dev/dri/card0")
     assert "shows a picture on HDMI-A-1" in refused(host)
 
 

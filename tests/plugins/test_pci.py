@@ -420,7 +420,7 @@ def test_a_process_whose_unit_the_plan_stops_first(pc: PciHost, unit: str, sessi
     pid = with_units(pc, f'[plugins.services]\nstop = ["{unit}"]\n[plugins.pci]\n')
     if session:
         pc.file(f"/proc/{pid}/cgroup", "0::/user.slice/user-1000.slice/session-2.scope")
-        pc.file("/run/systemd/sessions/2", "UID=1000\nTYPE=wayland\n")
+        pc.logs_in(2, GDM)
     result = run_hook(pc, "guest", "prepare", xml(GPU, AUDIO))
     assert result.status == 0, result.stderr
     assert pc.driver_of(GPU) == "vfio-pci"
@@ -471,14 +471,16 @@ def test_a_process_that_the_plan_does_not_end_in_time(
     assert pc.snapshot() == before
 
 
-DESKTOP = "UID=1000\nUSER=jo\nTYPE=wayland\nCLASS=user"
+GDM = "/system.slice/gdm.service"
 OF_THE_USER = "/user.slice/user-1000.slice/user@1000.service/session.slice/wireplumber.service"
 
 
 @pytest.mark.parametrize("cgroup", ["/system.slice/systemd-logind.service", "/init.scope", OF_THE_USER])
 def test_who_lets_go_of_a_card_with_the_desktop(pc: PciHost, cgroup: str) -> None:
     with_units(pc, '[plugins.services]\nstop = ["display-manager"]\n[plugins.pci]\n')
-    pc.file("/run/systemd/sessions/2", DESKTOP)
+    pc.logs_in(2, GDM)
+    shows = {"status": "connected", "enabled": "enabled"}  # afterwards, too: the console's picture then
+    pc.hangs_on(GPU, "drm", "card0-HDMI-A-1", "drm/card0/card0-HDMI-A-1", **shows)
     pid = pc.runs("a-program", "/dev/dri/card0", cgroup=cgroup)
     gone = f"stop:*) rm -r '{pc.path(f'/proc/{pid}')}';"
     systemctl = Path(pc.path("/usr/bin/systemctl"))
@@ -491,9 +493,8 @@ def test_who_lets_go_of_a_card_with_the_desktop(pc: PciHost, cgroup: str) -> Non
 def test_what_stays_after_the_desktop_since_its_user_is_logged_in_elsewhere(pc: PciHost) -> None:
     """The hint names the user's manager, and a plan that stops it as well passes the check."""
     with_units(pc, "")
-    pc.file("/run/systemd/sessions/2", DESKTOP).file(
-        "/run/systemd/sessions/5", DESKTOP.replace("wayland", "tty")
-    )
+    pc.logs_in(2, GDM)
+    pc.logs_in(5)
     pc.file("/units/user@1000.service", "active")
     pc.runs("wireplumber", "/dev/dri/card0", cgroup=OF_THE_USER)
     stops = "[plugins.services]\nstop = [{}]\n[plugins.pci]\n"

@@ -1,6 +1,6 @@
-"""Which units' stop ends a process: its own, and the display manager for graphical sessions.
+"""Which units' stop ends a process: its own, and the display manager for the sessions that it started.
 
-The display manager's sessions end with it, and what runs in them is in scopes and in services of the users.
+These sessions end with it, and what runs in them is in scopes and in services of the users.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from virt_usher.host import Host
 
-MANAGER = "display-manager.service"  # an alias: gdm.service, sddm.service, …
 LOGIND, INIT = "systemd-logind.service", "init.scope"
 # logind opens a card for the compositor (TakeDevice), and PID 1 keeps it for logind (FDSTORE=1). Both let go
 # of it with the session's controller (session_device_free), and neither can be stopped.
@@ -20,17 +19,14 @@ _KEEPERS = (f"/system.slice/{LOGIND}", f"/{INIT}")
 
 def ending(host: Host, pid: str) -> frozenset[str]:
     """Return the units whose stop ends a process, or makes it let go of its graphics card."""
-    lines = host.known(f"/proc/{pid}/cgroup").splitlines()
-    path = next((line[3:] for line in lines if line.startswith("0::")), "")
+    path = _cgroup(host, pid)
     names: list[str] = []
     for part in path.split("/"):
         if part.endswith((".service", ".scope")):
             names.append(part)
         if part.startswith("user@"):
             break  # what follows are units of the user's own manager
-    if names and _with_the_manager(host, path, names):
-        names.append(MANAGER)
-    return frozenset(names)
+    return frozenset((*names, *_managers(host, path, names)))
 
 
 def kept(units: frozenset[str]) -> bool:
@@ -38,20 +34,29 @@ def kept(units: frozenset[str]) -> bool:
     return units in ({LOGIND}, {INIT})
 
 
-def _with_the_manager(host: Host, path: str, names: list[str]) -> bool:
-    sessions = list(_sessions(host))
+def system_unit(units: frozenset[str]) -> str:
+    """Return the one of a process's units that root can best stop to end it, or ''."""
+    services = [n for n in units if n.endswith(".service") and n != LOGIND]
+    # What ends a user's manager, ends with it all that he runs: first the display manager.
+    services = [n for n in services if not n.startswith("user@")] or services
+    return services[0] if len(services) == 1 else ""
+
+
+def _managers(host: Host, path: str, names: list[str]) -> set[str]:
+    """Return the display managers with whose sessions a process ends."""
+    sessions = list(_sessions(host)) if names else []
     if path in _KEEPERS:
-        return any(graphical for *_, graphical in sessions)
-    if any(graphical and f"session-{number}.scope" in names for number, _, _, graphical in sessions):
-        return True
+        return {m for *_, m in sessions if m}
+    if own := {m for number, _, _, m in sessions if m and f"session-{number}.scope" in names}:
+        return own
     # logind stops the user's manager after the last of his sessions (UserStopDelaySec=10), unless he lingers.
-    theirs = [(user, graphical) for _, uid, user, graphical in sessions if f"user@{uid}.service" in names]
+    theirs = [(user, m) for _, uid, user, m in sessions if f"user@{uid}.service" in names]
     lingering = host.entries("/var/lib/systemd/linger") if theirs else []
-    return bool(theirs) and all(graphical and user not in lingering for user, graphical in theirs)
+    return {m for _, m in theirs} if all(m and user not in lingering for user, m in theirs) else set()
 
 
-def _sessions(host: Host) -> Iterator[tuple[str, str, str, bool]]:
-    """Return (number, uid, user, whether it is graphical) of each session that somebody logged in to."""
+def _sessions(host: Host) -> Iterator[tuple[str, str, str, str]]:
+    """Return (number, uid, user, display manager or '') of each session that somebody logged in to."""
     for number in host.entries("/run/systemd/sessions"):
         if not number.isalnum():  # 2.ref is a FIFO, which cannot be read
             continue
@@ -59,5 +64,23 @@ def _sessions(host: Host) -> Iterator[tuple[str, str, str, bool]]:
         about = dict(line.partition("=")[::2] for line in text.splitlines())
         # A user's manager has a session of its own from systemd 256 on, which ends with the others.
         if about and not about.get("CLASS", "").startswith(("manager", "background")):
-            graphical = about.get("TYPE") in ("x11", "wayland")
-            yield number, about.get("UID", ""), about.get("USER", ""), graphical
+            manager = _started_by(host, about["LEADER"]) if "SEAT" in about and "LEADER" in about else ""
+            yield number, about.get("UID", ""), about.get("USER", ""), manager
+
+
+def _started_by(host: Host, leader: str) -> str:
+    """Return the service that started a session at a seat, or '': somebody who logs in on a console has none.
+
+    The leader is the display manager's child that asked PAM for the session (gdm-session-worker, sddm-helper,
+    lightdm --session-child, greetd --session-worker), and is in the session's scope. The session's TYPE
+    does not tell: greetd's are `tty`, whatever compositor runs in them.
+    """
+    stat = host.known(f"/proc/{leader}/stat")
+    fields = stat[stat.rfind(")") + 2 :].split()
+    unit = _cgroup(host, fields[1]).rpartition("/")[2] if len(fields) > 1 else ""
+    return unit if unit.endswith(".service") else ""
+
+
+def _cgroup(host: Host, pid: str) -> str:
+    lines = host.known(f"/proc/{pid}/cgroup").splitlines()
+    return next((line[3:] for line in lines if line.startswith("0::")), "")

@@ -77,6 +77,7 @@ class _Look:
         self.addresses = addresses
         self.but = (os.getpid(), but)
         self.links = Links(host)
+        self.pictures: dict[str, list[str]] = {}
         self.nodes: dict[str, str] = {}  # what to look for in processes: device node -> address
 
     def users(self) -> list[User]:
@@ -186,18 +187,23 @@ class _Look:
     # -- displays, virtual functions, keyboards
 
     def _display(self, address: str) -> list[User]:
-        shows = []
-        if self.host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1":
-            shows.append("the firmware's display (boot_vga)")
+        primary = self.host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
+        shows = ["the firmware's display (boot_vga)"] if primary else []
+        pictures = []
         for name in self.links.below("/sys/class/drm", address):
             base = f"/sys/class/drm/{name}"
             state = (self.host.known(f"{base}/status"), self.host.known(f"{base}/enabled"))
             if state == ("connected", "enabled"):
-                shows.append(f"a picture on {name.partition('-')[2] or name}")
+                pictures.append(f"a picture on {name.partition('-')[2] or name}")
         if console_on := self._console(address):
             shows.append(f"the text console ({console_on})")
+        if not shows:
+            # It is somebody's while a process has the card. After the last one the kernel shows its own,
+            # whether a console is there or not (drm_fb_helper_lastclose).
+            self.pictures[address] = pictures
+            return []
         hint = "systemctl stop display-manager, and use another display for the host"
-        return [User(address, DISPLAY, f"shows {_some(shows)}", hint, bool(console_on))] if shows else []
+        return [User(address, DISPLAY, f"shows {_some(shows + pictures)}", hint, bool(console_on))]
 
     def _firmware_display(self, address: str) -> list[User]:
         """The picture that firmware left on a graphics card without a driver; binding vfio ends it."""
@@ -288,7 +294,7 @@ class _Look:
                         holders.setdefault(address, {}).setdefault(int(pid), node)
                         continue
                     guests.append(User(address, GUEST, what, "virsh list; virt-usher status", group=group))
-        return guests + [self._holders(a, held) for a, held in holders.items()]
+        return guests + [user for a, held in holders.items() for user in self._holders(a, held)]
 
     def _held(self, pid: str) -> list[tuple[str, str]]:
         """Return (node, address) for what a process has open of our devices, once for each device."""
@@ -326,19 +332,29 @@ class _Look:
                     return address if address in self.nodes.values() else ""
         return ""
 
-    def _holders(self, address: str, held: dict[int, str]) -> User:
-        """One record for all processes of a device, with what would end them, or the first of them."""
+    def _holders(self, address: str, held: dict[int, str]) -> list[User]:
+        """One record for all processes of a device, with what would end them, or the first of them.
+
+        Another for the picture that they show.
+        """
         names = [self._name(str(pid)) for pid in held]
         units = tuple(sessions.ending(self.host, str(pid)) for pid in held)
-        services = {system_unit(names) for names in units}
+        services = {sessions.system_unit(names) for names in units}
         hint = f"systemctl stop {' '.join(sorted(services))}"
         if "" in services:
-            loose = [p for p, n in zip(held, units, strict=True) if not (system_unit(n) or sessions.kept(n))]
+            loose = [
+                p
+                for p, n in zip(held, units, strict=True)
+                if not (sessions.system_unit(n) or sessions.kept(n))
+            ]
             hint = (
                 f"end it: kill {loose[0]}" if loose else "end the session that has it: loginctl list-sessions"
             )
         node = next(iter(held.values()))
-        return User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)
+        found = [User(address, USE, f"is in use ({node}) by {_some(names)}", hint, units=units)]
+        if pictures := self.pictures.get(address):
+            found.append(User(address, DISPLAY, f"shows {_some(pictures)}", hint, units=units))
+        return found
 
     def _guest(self, pid: str) -> str:
         """Return the domain whose QEMU a process is, as libvirt starts it, or ''."""
@@ -350,14 +366,6 @@ class _Look:
         guest = self._guest(pid)
         comm = self.host.get(f"/proc/{pid}/comm", "?")
         return f"{comm} (pid {pid}, domain {guest!r})" if guest else f"{comm} (pid {pid})"
-
-
-def system_unit(names: frozenset[str]) -> str:
-    """Return the one of a process's units that root can stop to end it, or ''."""
-    services = [n for n in names if n.endswith(".service")]
-    if sessions.MANAGER in names:
-        return sessions.MANAGER
-    return services[0] if len(services) == 1 and not sessions.kept(names) else ""
 
 
 def _some(names: list[str]) -> str:

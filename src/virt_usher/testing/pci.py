@@ -161,17 +161,24 @@ class PciBus(Tree):
 
     # -- other programs
 
-    def runs(self, comm: str, *nodes: str, guest: str = "", cgroup: str = "") -> int:
+    def runs(self, comm: str, *nodes: str, guest: str = "", cgroup: str = "", parent: int = 1) -> int:
         """Let a process run that has device nodes open; returns its pid."""
         pid = max([_PID_MAX, *(int(e) for e in self.entries("/proc") if e.isdigit())]) + 1
         words = [comm, *(["-name", f"guest={guest},debug-threads=on"] if guest else []), ""]
-        self.file(f"/proc/{pid}/stat", f"{pid} ({comm}) S 1 " + " ".join(["0"] * 17) + f" {pid} 0")
+        self.file(f"/proc/{pid}/stat", f"{pid} ({comm}) S {parent} " + " ".join(["0"] * 17) + f" {pid} 0")
         self.file(f"/proc/{pid}/comm", comm)
         self.file(f"/proc/{pid}/cmdline", "\0".join(words))
         self.file(f"/proc/{pid}/cgroup", f"0::{cgroup}")
         for number, node in enumerate(nodes):
             self.link_to(f"/proc/{pid}/fd/{number}", node)
         return pid
+
+    def logs_in(self, number: int, starter: str = "/init.scope", **about: str) -> None:
+        """Let logind have a session whose leader was started by a process of a cgroup, as gdm's is."""
+        leader = self.runs("worker", parent=self.runs("starter", cgroup=starter))
+        words = {"UID": "1000", "USER": "jo", "CLASS": "user", "SEAT": "seat0", "LEADER": str(leader)} | about
+        lines = [f"{key}={value}" for key, value in words.items() if value]
+        self.file(f"/run/systemd/sessions/{number}", "\n".join(lines))
 
     def ends(self, pid: int) -> None:
         """Let a process end."""
