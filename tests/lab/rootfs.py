@@ -30,7 +30,7 @@ PACKAGES = (
     *("python3-lxml", "python3-pluggy", "python3-click", "python3-rich", "python3-psutil"),
     *("python3-libvirt", "python3-pyudev", "python3-tomlkit", "python3-pytest"),
     *("iproute2", "pciutils", "procps", "psmisc", "less", "e2fsprogs", "strace"),
-    *("irqbalance", "rt-tests"),
+    *("irqbalance", "rt-tests", "greetd", "login", "libpam-systemd", "libseat1"),
 )
 
 # What costs boot time and proves nothing. libvirt-guests would wait five minutes for guests without a system.
@@ -91,7 +91,7 @@ find /etc/apparmor.d -maxdepth 1 -type f ! -name '*libvirt*' -delete
 echo 'capability_filters = [ "cpu-unavailable-features" ]' >>/etc/libvirt/qemu.conf
 systemctl -q enable lab.service
 # Only the tests that are about it start it.
-systemctl -q disable irqbalance.service
+systemctl -q disable irqbalance.service greetd.service
 systemctl -q mask {" ".join(MASKED)}
 """
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import re
 import signal
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +20,9 @@ from tests.lab.guest.domains import Domain, run, virsh, wait_for
 
 pytestmark = pytest.mark.product
 VTCONSOLES = Path("/sys/class/vtconsole")
+# linux/if_pppox.h, linux/ppp-ioctl.h
+AF_PPPOX = 24
+PPPIOCGCHAN, PPPIOCATTCHAN, PPPIOCCONNECT, PPPIOCNEWUNIT = 0x80047437, 0x40047438, 0x4004743A, 0xC004743E
 KNOBS = ("driver_override", "power/control", "d3cold_allowed")
 # Alone in their group, or with all of it; each has a reset, so reset_check lets them pass.
 PASSED = [("nic",), ("nvme",), ("usb",), ("twin", "twin_second"), ("switched",)]
@@ -204,6 +211,46 @@ def test_a_network_card_in_use_is_refused(domain: Domain) -> None:
         start(domain)
     finally:
         run("ip", "address", "flush", "dev", name, check=False)
+        run("ip", "link", "set", name, "down", check=False)
+
+
+@contextmanager
+def pppoe(name: str) -> Iterator[str]:
+    """Make the kernel's side of a PPPoE session over an interface, as pppd does; yield its own interface."""
+    run("modprobe", "-a", "pppoe", "ppp_generic")
+    connection = os.open("/dev/ppp", os.O_RDWR)
+    channel = os.open("/dev/ppp", os.O_RDWR)
+    with socket.socket(AF_PPPOX, socket.SOCK_STREAM) as session:
+        # struct sockaddr_pppox (linux/if_pppox.h), which Python's sockets do not know.
+        peer = struct.pack("=HI", AF_PPPOX, 0) + struct.pack("!H6s16s", 1, b"\x52\x54\0\0\0\1", name.encode())
+        assert ctypes.CDLL(None).connect(session.fileno(), peer, len(peer)) == 0
+        number = struct.unpack("i", fcntl.ioctl(session, PPPIOCGCHAN, bytes(4)))[0]
+        fcntl.ioctl(channel, PPPIOCATTCHAN, struct.pack("i", number))
+        unit = struct.unpack("i", fcntl.ioctl(connection, PPPIOCNEWUNIT, struct.pack("i", -1)))[0]
+        fcntl.ioctl(channel, PPPIOCCONNECT, struct.pack("i", unit))
+        try:
+            yield f"ppp{unit}"
+        finally:
+            os.close(channel)
+            os.close(connection)
+
+
+def test_a_network_card_below_pppoe_is_refused(domain: Domain) -> None:
+    """The card's interface has no address, and nothing in sysfs says what is above it."""
+    name = next((kernel.DEVICES / address("nic") / "net").iterdir()).name
+    domain.devices = ("nic",)
+    usher.enable(domain, "pci")
+    run("ip", "link", "set", name, "up")
+    try:
+        with pppoe(name) as above:
+            run("ip", "link", "set", above, "name", "wan")
+            run("ip", "address", "add", "192.0.2.1", "peer", "192.0.2.2", "dev", "wan")
+            run("ip", "link", "set", "wan", "up")
+            assert f"is {name}, a part of wan" in refused(domain)
+            run("ip", "route", "add", "default", "dev", "wan")
+            assert f"is {name}, the way of the default route through wan" in refused(domain)
+        start(domain)
+    finally:
         run("ip", "link", "set", name, "down", check=False)
 
 

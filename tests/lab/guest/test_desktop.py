@@ -1,0 +1,92 @@
+"""A desktop on the card that a domain is given: a real display manager's session, under the real logind."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.lab import machine
+from tests.lab.guest import kernel, usher
+from tests.lab.guest.domains import Domain, run, virsh, wait_for
+
+pytestmark = pytest.mark.product
+GPU = machine.device("gpu").address
+COMPOSITOR = Path("/run/lab-compositor.py")
+GREETD = Path("/etc/greetd/config.toml")
+LOGGED_IN = Path(
+    "/run/greetd.run"
+)  # there once greetd has let its first session in, which it does once a boot
+HOLDERS = {"python3", "systemd", "systemd-logind"}
+
+
+def node() -> str:
+    """Return the card's node; its number changes when its driver comes back."""
+    (card,) = (kernel.DEVICES / GPU / "drm").glob("card*")
+    return f"/dev/dri/{card.name}"
+
+
+def holders() -> set[str]:
+    """Return the names of the processes that have the card open."""
+    found = set()
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(fd.readlink()) == node():
+                found.add((fd.parents[1] / "comm").read_text().strip())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+@pytest.fixture
+def desktop() -> Iterator[None]:
+    """Let a display manager log somebody in, who has a compositor on the card."""
+    kept = GREETD.read_text()
+    shutil.copy(Path(__file__).with_name("compositor.py"), COMPOSITOR)
+    run("useradd", "--create-home", "jo")
+    by_path = f"/dev/dri/by-path/pci-{GPU}-card"
+    command = f"command = \"/bin/sh -c 'exec python3 -B {COMPOSITOR} $(readlink -f {by_path})'\""
+    GREETD.write_text(
+        f'[terminal]\nvt = 7\n[default_session]\n{command}\nuser = "_greetd"\n'
+        f'[initial_session]\n{command}\nuser = "jo"\n'
+    )
+    LOGGED_IN.unlink(missing_ok=True)
+    run("systemctl", "enable", "--quiet", "--now", "greetd")
+    wait_for("the desktop", lambda: holders() == HOLDERS)
+    yield
+    run("systemctl", "disable", "--quiet", "--now", "greetd")
+    GREETD.write_text(kept)
+    wait_for("the end of the session", lambda: not holders())
+    run("loginctl", "terminate-user", "jo", check=False)
+    wait_for("the end of the user's manager", lambda: run("userdel", "-r", "jo", check=False).returncode == 0)
+
+
+def session() -> str:
+    """Return the class of the session at the seat."""
+    number = run("loginctl", "show-seat", "--property=ActiveSession", "--value", "seat0").stdout.strip()
+    return run("loginctl", "show-session", "--property=Class", "--value", number).stdout.strip()
+
+
+@pytest.mark.usefixtures("desktop")
+def test_a_desktop_makes_room_and_comes_back(domain: Domain) -> None:
+    domain.devices = ("gpu", "gpu_audio")
+    usher.enable(domain, "pci")
+    assert session() == "user"
+    said = virsh("start", domain.name, check=False).stderr
+    assert re.search(r"by systemd \(pid 1\), systemd-logind \(pid \d+\), python3 \(pid \d+\)", said), said
+    assert "kill" not in said
+    hint = re.search(r"virt-usher (enable \S+ services stop=greetd.service);", said)
+    assert hint, said
+    assert holders() == HOLDERS
+    run("virt-usher", *hint[1].split())
+    for was in ("user", "greeter"):  # who comes back is asked to log in
+        assert session() == was
+        virsh("start", domain.name)
+        assert kernel.driver(GPU) == "vfio-pci"
+        assert run("systemctl", "is-active", "greetd", check=False).stdout.strip() == "inactive"
+        domain.stop()
+        usher.given_back(domain)
+        assert kernel.driver(GPU) == "bochs-drm"
+        wait_for("the desktop", lambda: holders() == HOLDERS)
