@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 
 SEAT = ctypes.CDLL("libseat.so.1")
 SEAT.libseat_open_seat.restype = ctypes.c_void_p
@@ -21,8 +20,13 @@ class Listener(ctypes.Structure):
 def hold(node: str) -> None:
     """Open a node as soon as the session is in front; return when the seat is gone."""
     active: list[bool] = []
-    comes: Callable[[int, int], None] = lambda seat, data: active.append(True)  # noqa: E731
-    goes: Callable[[int, int], None] = lambda seat, data: SEAT.libseat_disable_seat(ctypes.c_void_p(seat))  # noqa: E731
+
+    def comes(_seat: int, _data: int) -> None:
+        active.append(True)
+
+    def goes(seat: int, _data: int) -> None:
+        SEAT.libseat_disable_seat(ctypes.c_void_p(seat))
+
     listener = Listener(Told(comes), Told(goes))
     seat = ctypes.c_void_p(SEAT.libseat_open_seat(ctypes.byref(listener), None))
     if not seat:
