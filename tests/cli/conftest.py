@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +74,3 @@ def hook_of_gone_daemon(host: FakeHost, name: str, operation: str, xml: bytes | 
             os._exit(run_hook(host, name, operation, xml).status)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(gate, 0)[1]))
     assert os.waitpid(daemon, 0)[1] == 0
-
-
-def eventually(what: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)

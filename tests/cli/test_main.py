@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Cli, eventually, hook
+from tests.cli.conftest import Cli, hook
+from tests.conftest import eventually
 
 from virt_usher.cli import VERBS
 from virt_usher.testing import FakeHost, domain_xml
@@ -89,7 +90,7 @@ def test_ctrl_c_ends_without_a_trace(pc: FakeHost) -> None:
         process.stdin.write(b"x" * (1 << 20))
         process.stdin.flush()
         stat = Path(f"/proc/{process.pid}/stat")
-        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+        eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S", "it waits for an answer")
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
     assert (process.returncode, error.strip()) == (130, b"")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from tests.cli.conftest import Cli, eventually, hook, hook_of_gone_daemon
+from tests.cli.conftest import Cli, hook, hook_of_gone_daemon
+from tests.conftest import eventually
 
 from virt_usher.testing import FakeHost, domain_xml, start_hook
 
@@ -65,7 +66,7 @@ def test_what_nobody_can_be_asked_about_is_left_alone(cli: Cli, pc: FakeHost) ->
 def test_a_domain_in_the_middle_of_its_start_is_skipped_naming_the_holder(cli: Cli, pc: FakeHost) -> None:
     pc.domain("guest", BOTH).stall(GOVERNOR)
     call = start_hook(pc, "guest", "prepare", XML)
-    eventually(lambda: pc.stalled)
+    eventually(lambda: pc.stalled, "the start reaches the kernel")
     ran = cli("recover")
     pc.resume()
     assert call.wait().status == 0

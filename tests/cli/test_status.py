@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 
 import pytest
-from tests.cli.conftest import Cli, eventually, hook
+from tests.cli.conftest import Cli, hook
+from tests.conftest import eventually
 
 from virt_usher.testing import FakeHost, domain_xml, start_hook
 
@@ -86,7 +87,7 @@ def test_a_domain_without_qemu_is_told_with_the_next_step(cli: Cli, pc: FakeHost
     pc.domain("guest", "[plugins.hugepages]\n")
     hook(pc, "guest", "prepare", PAGES)
     # Its worker has answered, and may have its lock for a moment still.
-    eventually(lambda: "being worked on" not in cli("status").out)
+    eventually(lambda: "being worked on" not in cli("status").out, "the worker ends")
     ran = cli("status")
     assert ran.status == 1
     assert "virt-usher recover" in ran.out
@@ -112,7 +113,7 @@ def test_an_abandoned_worker_is_told_with_what_it_waits_in(cli: Cli, pc: FakeHos
     assert ran.status == 1
     assert [set(w) for w in ran.json[0]["abandoned"]] == [{"pid", "waits_in", "stack"}]
     assert f"pid {ran.json[0]['abandoned'][0]['pid']}" in ran.json[0]["working"]
-    eventually(lambda: not pc.journal("guest"))
+    eventually(lambda: not pc.journal("guest"), "all is given back")
     assert cli("status").status == 0
 
 

@@ -60,7 +60,7 @@ def _show(one: dict[str, Any], full: bool) -> None:
     if one["error"]:
         base.say(one["error"], 2, "problem")
     where = (["every domain"] if one["every_domain"] else []) + one["on"]
-    may = "cannot switch it on" if one["files_only"] else "may still ask for it"
+    may = "cannot switch it on" if one["files_only"] else "may ask for it, if config.toml lets it"
     nobody = f"no domain by a file; metadata {may}"
     if one["name"] == ALWAYS_ON:
         nobody = "every domain that is given a PCI device; config.toml can say enabled = false"
