@@ -483,6 +483,30 @@ def test_isolation_that_cannot_be_read_at_a_stop_is_kept_and_told(tmp_path: Path
     assert not [x for x in changed if not x.endswith("cpuset.cpus: '644' before, '644 0-7' now")]
 
 
+@pytest.mark.parametrize("cpus", ["2,6", "3,7"])
+def test_cpus_that_a_stopped_domain_could_not_give_back_are_free(tmp_path: Path, cpus: str) -> None:
+    host = build(tmp_path)
+    xml = isolate(host, "one", "2,6")
+    host.domain("two", "[plugins.cpu_isolation]\n")
+    before = host.snapshot()
+    assert run_hook(host, "one", "prepare", xml).status == 0
+    host.fail("/sys/devices/virtual/workqueue/cpumask", errno.EIO)
+    stop(host, "one")
+    host.heal()
+    assert "Input/output error" in host.journal("one")
+    other = domain_xml("two", f"<vcpu cpuset='{cpus}'>2</vcpu>")
+    result = run_hook(host, "two", "prepare", other)
+    assert result.status == 0, result.stderr
+    rest = ALL - cpulist.parse(cpus)
+    assert int(host.read("/sys/devices/virtual/workqueue/cpumask"), 16) == sum(1 << n for n in rest)
+    stop(host, "two")
+    assert not host.journal("two")
+    assert host.read("/sys/devices/virtual/workqueue/cpumask") == "ff"
+    stop(host, "one")
+    changed = differences(before, host.snapshot()).splitlines()
+    assert not [x for x in changed if not x.endswith("cpuset.cpus: '644' before, '644 0-7' now")]
+
+
 def test_a_unit_and_an_interrupt_that_vanished_are_given_back(tmp_path: Path) -> None:
     host = build(tmp_path)
     start(host, "one", "2-3")

@@ -48,8 +48,11 @@ class Knob(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        # Whoever comes later copies the true original, so that the last to go can restore it.
-        old = others[0].data["old"] if others else chosen(host, fields["path"])
+        # Whoever comes later copies the true original, so that the last to go can restore it. What a stopped
+        # domain left knows it too, unless the value is somebody else's by now.
+        now = chosen(host, fields["path"])
+        before = [s for s in others if not s.left] or [s for s in others if now in _values(s)]
+        old = before[0].data["old"] if before else now
         born = _born(host, fields["path"])
         return {"old": old, "born": born} if born else {"old": old}
 
@@ -75,7 +78,8 @@ class Knob(Kind):
             if now == target or (later and now == later[0].data.get("is")):
                 return ""
             passed = step.data.get("values", [])  # values of others, set by an undo that was killed
-            ours = now in (step.data["new"], step.data.get("is"), *passed) or (not step.done and now == old)
+            left = [value for s in others if s.left for value in _values(s)]
+            ours = now in (*_values(step), *left) or (not step.done and now == old)
             # Killed after a write, and before it was noted how the kernel spells the value.
             unnoted = passed if step.done else [step.data["new"], *passed]
             if not ours and not any(_spelt(host, path, value, now) for value in unnoted):
@@ -88,6 +92,11 @@ class Knob(Kind):
         if later and seen:
             later[0].log("ok", **seen)  # it is the later domain's value that was just set
         return ""
+
+
+def _values(step: Step) -> list[str]:
+    """Return the values that a step can have left a knob with, but for its original."""
+    return [v for v in (step.data["new"], step.data.get("is"), *step.data.get("values", [])) if v is not None]
 
 
 def _born(host: Host, path: str) -> int | None:

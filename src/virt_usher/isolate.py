@@ -35,7 +35,7 @@ class Isolation(Kind):
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
         part, mates, every = PARTS[fields["part"]], _mates(fields, others), every_cpu(host)
         deadline = time.monotonic() + SECONDS
-        for mate in mates:  # another start may have come between our plan and this
+        for mate in (m for m in mates if not m.left):  # another start may have come between our plan and this
             if not fields["share"] and (both := _cpus(mate) & cpulist.parse(fields["cpus"])):
                 raise UsherError(f"CPU {cpulist.show(both)} is isolated for the domain {mate.domain!r}")
         part.settle(host, deadline)
@@ -75,7 +75,7 @@ class Isolation(Kind):
 
 def claims(host: Host) -> dict[str, Cpus]:
     """Return domain -> CPUs it isolates, from all journals; takes no lock."""
-    return {s.domain: _cpus(s) for s in _steps(host)}
+    return {s.domain: _cpus(s) for s in _steps(host) if not s.left}
 
 
 def preview(host: Host, part: str, cpus: Cpus, spare: frozenset[str]) -> dict[tuple[Cpus, Cpus], list[str]]:
@@ -96,7 +96,7 @@ def drift(host: Host, part: str) -> list[str]:
         return []
     moves, foreign = _moves(host, steps, steps, untouched=True)
     stays = {n for s in steps for n in s.data.get("stays", {})}
-    isolated = frozenset[int]().union(*map(_cpus, steps))
+    isolated = frozenset[int]().union(*(_cpus(s) for s in steps if not s.left))
     # irqbalance and drivers move interrupts all the time: astray are those on isolated CPUs.
     astray = [n for n, cpus in foreign.items() if part != "irqs" or cpus & isolated]
     return [PARTS[part].short(n) for n in (*astray, *moves) if n not in stays]
@@ -155,7 +155,7 @@ def _moves(
     `untouched`: those that are still what they were at first, too.
     """
     part, every, was = live[0].data["part"], every_cpu(host), _originals(live)
-    isolated = frozenset[int]().union(*(_cpus(s) for s in holding if not s.failed))
+    isolated = frozenset[int]().union(*(_cpus(s) for s in holding if not (s.failed or s.left)))
     spared, now = {n for s in holding for n in s.data["spare"]}, PARTS[part].look(host)
     now |= PARTS[part].away(host, was.keys() - now.keys())
     moves: dict[str, Cpus] = {}

@@ -68,6 +68,12 @@ class Step:
         """Whether it is left over from a domain that has stopped: its undo failed."""
         return "cause" in self.data
 
+    def wait_for(self, other: Step) -> str:
+        """Leave the undo to a step that copied our original; one that came after ours failed did not."""
+        if self.left:
+            raise UsherError(f"{self.data.get('what')} waits for the domain {other.domain!r}")
+        return ""
+
     def log(self, word: str, **fields: Any) -> None:
         """Append a record about this step to its journal."""
         self.journal.append({word: self.n, **fields})

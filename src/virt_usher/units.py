@@ -41,13 +41,14 @@ class Unit(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        for other in others:
-            if other.data["want"] != fields["want"] and not other.left:
+        live = [s for s in others if not s.left]
+        for other in live:
+            if other.data["want"] != fields["want"]:
                 raise UsherError(
                     f"{fields['unit']} is kept {other.data['want']} for the domain {other.domain!r}"
                 )
-        if others:
-            return {"old": others[0].data["old"]}
+        if live:
+            return {"old": live[0].data["old"]}
         systemctl.settle(host, time.monotonic() + BACK)
         now = state(host, fields["unit"])
         return {"old": INACTIVE if now == FAILED and fields["want"] == ACTIVE else _SETTLES.get(now, now)}
@@ -62,7 +63,9 @@ class Unit(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         unit, old = step.data["unit"], step.data["old"]
-        if any(not s.left for s in others) or old not in (ACTIVE, INACTIVE):
+        if live := [s for s in others if not s.left]:
+            return step.wait_for(live[0])
+        if old not in (ACTIVE, INACTIVE):
             return ""
         if stopping(host):
             return f"{unit} is left as it is: the system is stopping"

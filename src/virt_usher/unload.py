@@ -33,8 +33,8 @@ class Module(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        if others:
-            return {"old": others[0].data["old"]}
+        if live := [s for s in others if not s.left]:
+            return {"old": live[0].data["old"]}
         name = fields["module"]
         devices = [[p.rpartition("/")[2], d] for d, p in bound(host, name) if d[:4] == "pci:"]
         return {"old": {"loaded": loaded(host, name), "devices": devices}}
@@ -57,7 +57,9 @@ class Module(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         name, old = step.data["module"], step.data["old"]
-        if any(not s.left for s in others) or not old["loaded"]:
+        if live := [s for s in others if not s.left]:
+            return step.wait_for(live[0])
+        if not old["loaded"]:
             return ""
         held = {s.data["address"] for s in step.journal.live() if s.kind == "driver"}
         if waits := held.intersection(a for a, _ in old["devices"]):

@@ -15,6 +15,7 @@ from virt_usher.testing.modules import ModuleHost
 
 STACK = ("nvidia_drm", "nvidia_modeset", "nvidia_uvm", "nvidia")
 TWIN = "0000:02:00.0"
+OTHER = "0000:03:00.0"
 
 
 def make(root: Path, *plugins: str, unload: tuple[str, ...] = STACK) -> ModuleHost:
@@ -91,17 +92,21 @@ def test_the_last_of_two_domains_loads_them_again(tmp_path: Path) -> None:
     host = make(tmp_path, unload=("nvidia_drm", "nvidia_modeset", "nvidia_uvm", "nvidia"))
     before = host.snapshot()
     assert run_hook(host, "guest", "prepare", xml(GPU)).status == 0
-    host.device("0000:03:00.0", "8086:10d3")
-    assert run_hook(host, "other", "prepare", xml("0000:03:00.0", name="other")).status == 0
+    host.device(OTHER, "8086:10d3")
+    assert run_hook(host, "other", "prepare", xml(OTHER, name="other")).status == 0
     assert run_hook(host, "guest", "release").status == 0
     assert not loaded(host)
     assert host.state(GPU) == ("", "(null)")
     assert run_hook(host, "other", "release").status == 0
-    host.unplug("0000:03:00.0")
+    host.unplug(OTHER)
     assert {p: t for p, t in host.snapshot().items() if "/3" not in p} == before
 
 
-def test_a_module_that_a_stopped_domain_could_not_load_again_is_loaded_after_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loaded_by_hand", [False, True])
+def test_what_a_stopped_domain_could_not_load_again_is_not_the_next_ones(
+    tmp_path: Path, loaded_by_hand: bool
+) -> None:
+    """Its modules are left to `recover`, which waits for those that keep them out of the kernel."""
     host = make(tmp_path)
     before = host.snapshot()
     run_hook(host, "guest", "prepare", xml(GPU))
@@ -109,12 +114,19 @@ def test_a_module_that_a_stopped_domain_could_not_load_again_is_loaded_after_the
     run_hook(host, "guest", "release")
     host.hide("module.nvidia", "nvidia")
     assert "the module nvidia cannot be loaded" in host.journal("guest")
-    host.device("0000:03:00.0", "8086:10d3")
-    assert run_hook(host, "other", "prepare", xml("0000:03:00.0", name="other")).status == 0
+    if loaded_by_hand:
+        host.modprobe("nvidia_drm")
+    device = GPU if loaded_by_hand else OTHER
+    host.device(OTHER, "8086:10d3")
+    assert run_hook(host, "other", "prepare", xml(device, name="other")).status == 0
     assert not loaded(host)
+    run_hook(host, "guest", "release")
+    assert not loaded(host)
+    assert "waits for the domain 'other'" in host.journal("guest")
     assert run_hook(host, "other", "release").status == 0
-    host.unplug("0000:03:00.0")
-    assert sorted(loaded(host)) == sorted(STACK)
+    assert not host.journal("other")
+    assert bool(loaded(host)) == loaded_by_hand
+    host.unplug(OTHER)
     assert run_hook(host, "guest", "release").status == 0
     assert {p: t for p, t in host.snapshot().items() if "/3" not in p} == before
 

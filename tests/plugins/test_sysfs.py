@@ -42,18 +42,43 @@ def test_values_are_set_and_come_back(knobs: FakeHost) -> None:
     assert (knobs.read(INTERVAL), knobs.read(THP)) == ("1", "madvise")
 
 
-def test_a_value_that_a_stopped_domain_could_not_put_back_rules_nobody(knobs: FakeHost) -> None:
+def one_is_left(host: FakeHost, *others: str) -> None:
+    """Let one set 120 and not put it back at its stop, though others have started; two wants 60."""
     for name, value in (("one", 120), ("two", 60)):
-        knobs.domain(name, f'[plugins.sysfs]\nset = ["{INTERVAL} = {value}"]')
-    run_hook(knobs, "one", "prepare")
-    knobs.fail(INTERVAL, errno.EIO)
-    run_hook(knobs, "one", "release")
-    knobs.heal()
-    assert "Input/output error" in knobs.journal("one")
+        host.domain(name, f'[plugins.sysfs]\nset = ["{INTERVAL} = {value}"]')
+    for name in ("one", *others):
+        run_hook(host, name, "prepare")
+    host.fail(INTERVAL, errno.EIO)
+    run_hook(host, "one", "release")
+    host.heal()
+    assert "Input/output error" in host.journal("one")
+    assert host.read(INTERVAL) == "120"
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize(("admins", "then"), [("", "1"), ("7", "7")])
+def test_a_value_that_a_stopped_domain_could_not_put_back_rules_nobody(
+    knobs: FakeHost, admins: str, then: str, recovered: bool
+) -> None:
+    one_is_left(knobs)
+    if admins:
+        knobs.write(INTERVAL, admins)
     run_hook(knobs, "two", "prepare")
     assert knobs.read(INTERVAL) == "60"
+    if recovered:
+        run_hook(knobs, "one", "release")
+        assert knobs.read(INTERVAL) == "60"
+    run_hook(knobs, "two", "release")
+    assert knobs.read(INTERVAL) == then
+    run_hook(knobs, "one", "release")
+    assert (knobs.journal("one"), knobs.journal("two"), knobs.read(INTERVAL)) == ("", "", then)
+
+
+def test_a_value_that_was_not_handed_over_is_put_back_by_whoever_goes_last(knobs: FakeHost) -> None:
+    one_is_left(knobs, "two")
     run_hook(knobs, "two", "release")
     assert knobs.read(INTERVAL) == "1"
+    assert "not ours" not in knobs.read("/var/lib/virt-usher/last/two.jnl")
     run_hook(knobs, "one", "release")
     assert (knobs.journal("one"), knobs.journal("two"), knobs.read(INTERVAL)) == ("", "", "1")
 
