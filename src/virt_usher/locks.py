@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+BRIEF = 0.5  # seconds
 _FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, len, pid
 
 
@@ -35,15 +36,19 @@ class Locks:
 
     @contextlib.contextmanager
     def hold(self, key: str, wait: bool = True) -> Iterator[None]:
-        """Hold the lock named `key`; UsherError naming the holder when the deadline comes first."""
+        """Hold the lock named `key`; UsherError naming the holder when the deadline comes first.
+
+        Without `wait` it is not waited for longer than for a hook that has answered and ends.
+        """
         where = _offset(key)
         pause = 0.001
+        end = self.deadline if wait else min(self.deadline, time.monotonic() + BRIEF)
         while True:
             try:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, where)
                 break
             except (BlockingIOError, PermissionError):
-                if not wait or time.monotonic() + pause >= self.deadline:
+                if time.monotonic() + pause >= end:
                     raise UsherError(f"{key} is held by {self.holder(key)}") from None
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
