@@ -14,7 +14,7 @@ CARD = "0000:01:00.0"
 USER = "/user.slice/user-1000.slice"
 SERVICE = f"{USER}/user@1000.service/session.slice/org.gnome.Shell@wayland.service"
 LOGIND, INIT = "/system.slice/systemd-logind.service", "/init.scope"
-GDM = "/system.slice/gdm.service"
+GDM, SDDM = "/system.slice/gdm.service", "/system.slice/sddm.service"
 Session = dict[str, str]
 DESKTOP: Session = {"starter": GDM, "TYPE": "wayland"}
 GREETD: Session = {"starter": GDM, "TYPE": "tty"}  # as is its compositor's
@@ -48,7 +48,24 @@ ENDS = {
     ),
     "an ssh session of somebody with a desktop": (f"{USER}/session-3.scope", [DESKTOP, SSH], "", False),
     "a user's service": (SERVICE, [DESKTOP, OTHERS_SSH], "", True),
-    "a user's service, the manager being a session": (SERVICE, [GREETD, OWN_MANAGER, AT_NIGHT], "", True),
+    "a user's service, the manager being a session": (SERVICE, [GREETD, OWN_MANAGER], "", True),
+    "a user's service that cron keeps": (SERVICE, [GREETD, OWN_MANAGER, AT_NIGHT], "", False),
+    "a user's service with two desktops": (SERVICE, [DESKTOP, DESKTOP | {"starter": SDDM}], "", False),
+    "a session of a user's own gdm": (
+        f"{USER}/session-2.scope",
+        [DESKTOP | {"starter": f"{USER}/user@1000.service/gdm.service"}],
+        "",
+        False,
+    ),
+    "a leader that is none": (f"{USER}/session-2.scope", [DESKTOP | {"LEADER": "../1"}], "", False),
+    "a leader that has gone": (f"{USER}/session-2.scope", [DESKTOP | {"LEADER": "99999"}], "", False),
+    "a hostile leader": (f"{USER}/session-2.scope", [DESKTOP | {"LEADER": "1\0"}], "", False),
+    "a hostile desktop": (
+        f"{USER}/session-2.scope",
+        [DESKTOP | {"DESKTOP": "x\u2028CLASS=manager"}],
+        "",
+        True,
+    ),
     "a user's service without a desktop": (SERVICE, [SSH, GREETER], "", False),
     "a user's service that ssh keeps": (SERVICE, [DESKTOP, SSH], "", False),
     "a user's service that lingers": (SERVICE, [DESKTOP], "jo", False),
@@ -69,6 +86,22 @@ def test_what_ends_with_the_display_manager(tmp_path: Path, case: str) -> None:
     host = host_with(tmp_path, *logged_in, lingers=lingers)
     pid = host.runs("a-program", cgroup=cgroup)
     assert ("gdm.service" in sessions.ending(host, str(pid))) == ends
+
+
+@pytest.mark.parametrize(
+    ("service", "known", "ends"),
+    [("cage", "cage@tty1.service", True), ("cage", "", False), ("login", "getty@tty1.service", False)],
+)
+def test_a_unit_that_logs_in_by_itself(tmp_path: Path, service: str, known: str, ends: bool) -> None:
+    """With PAMName=, or as ly: the leader is its first process, whose parent is PID 1."""
+    host = host_with(tmp_path)
+    leader = host.runs("cage", "/dev/dri/card0", cgroup=f"{USER}/session-2.scope")
+    host.file(f"/proc/{leader}/environ", "HOME=/home/jo\0INVOCATION_ID=00f1\0")
+    host.logs_in(2, LEADER=str(leader), SERVICE=service)
+    for name, id_ in {"other.service": "00f2", known: "00f1"}.items():
+        host.link_to(f"/run/systemd/units/invocation:{name}", id_)
+    (user,) = users.find(host, [CARD])
+    assert user.hint == (f"systemctl stop {known}" if ends else f"end it: kill {leader}")
 
 
 def test_the_fifo_of_a_session_is_none(tmp_path: Path) -> None:

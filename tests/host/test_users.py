@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from virt_usher.host import users
+from virt_usher.host import Host, users
 from virt_usher.testing.pci import PciHost
 
 A, B = "0000:01:00.0", "0000:02:00.0"
@@ -163,15 +164,15 @@ DISKS: dict[Callable[[PciHost], None], str] = {
     on_lvm: "carries what is mounted on /",
     on_luks_on_raid: "carries what is mounted on /home",
     on_btrfs: "carries what is mounted on /",
-    on_second_disk_of_btrfs: "carries what is mounted on a btrfs of several disks (8f2c)",
+    on_second_disk_of_btrfs: "carries what is mounted on a btrfs (8f2c)",
     on_middle_disk_of_bcachefs: "carries what is mounted on /data",
     log_of_xfs: "carries what is mounted on /srv",
     files_of_xfs_on_lvm: "carries what is mounted on /srv",
     through_a_loop_device: "carries what is mounted on /srv",
     on_zfs: "carries what is mounted on /tank",
     on_zfs_that_tells_no_guid: "carries what is mounted on /tank",
-    on_zfs_that_was_imported_by_another_name: "carries what is mounted on the ZFS pool tank",
-    on_zfs_without_mounts: "carries what is mounted on the ZFS pool tank",
+    on_zfs_that_was_imported_by_another_name: "carries the ZFS pool tank",
+    on_zfs_without_mounts: "carries the ZFS pool tank",
     on_swap: "carries the swap space /dev/nvme0n1p1",
     on_multipath: "carries what is mounted on /",
 }
@@ -226,9 +227,19 @@ def test_a_disk_that_a_program_has_open(tmp_path: Path) -> None:
     assert found(host) == [(users.USE, f"is in use (/dev/nvme0n1) by dd (pid {pid})")]
 
 
-def test_the_hint_for_what_the_host_needs(tmp_path: Path) -> None:
-    on_lvm(host := make(tmp_path))
-    assert users.find(host, [A])[0].hint == "the host needs it: give the domain another device"
+@pytest.mark.parametrize(
+    ("case", "hint"),
+    [
+        (on_lvm, "the host needs it: give the domain another device"),
+        (on_disk, "umount /mnt"),
+        (on_zfs, "zpool export tank"),
+        (on_zfs_without_mounts, "zpool export tank"),
+        (on_swap, "swapoff /dev/nvme0n1p1"),
+    ],
+)
+def test_the_hint_of_a_disk(tmp_path: Path, case: Callable[[PciHost], None], hint: str) -> None:
+    case(host := make(tmp_path))
+    assert users.find(host, [A])[0].hint == hint
 
 
 # -- network
@@ -351,6 +362,29 @@ def test_a_picture_is_somebodys_while_a_process_has_the_card(tmp_path: Path) -> 
     assert shown.units == use.units == (frozenset({"gdm.service"}),)
     host.ends(pid)  # and what the kernel shows then is nobody's
     assert not users.find(host, [A])
+
+
+def test_a_picture_of_somebody_who_may_not_be_seen() -> None:
+    """Whoever looks is not root; a security module that hides what a process has open is alike."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        host = graphics(make(Path(folder), kind=VGA))
+        os.chmod(host.path(f"/proc/{host.runs('kwin', '/dev/dri/card0')}/fd"), 0)
+        me = os.geteuid()
+        os.seteuid(65534 if me == 0 else me)
+        try:
+            (user,) = users.find(Host(host.root), [A])
+            assert (user.problem, user.what) == (users.DISPLAY, "shows a picture on HDMI-A-1")
+        finally:
+            os.seteuid(me)
+
+
+@pytest.mark.parametrize(("words", "shown"), [("quiet fbcon=map:1", True), ("quiet", False)])
+def test_the_console_where_the_kernel_was_told_to_put_it(tmp_path: Path, words: str, shown: bool) -> None:
+    host = graphics(make(tmp_path, kind=VGA)).hangs_on(A, "graphics", "fb1", name="amdgpudrmfb")
+    host.file("/sys/class/graphics/fb0/name", "i915drmfb").file("/proc/cmdline", f"root=/dev/sda1 {words}\n")
+    console(host)
+    assert bool(found(host)) == shown
 
 
 def test_the_boot_display_with_the_console(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Which framebuffer the console is on is the answer to an ioctl of one (FBIOGET_CON2FBMAP), and nothing is
 opened here. It starts on the first, and goes to that of the firmware's display if the kernel is built so
-(FRAMEBUFFER_CONSOLE_DETECT_PRIMARY): both count. Imported by the release side: it imports nothing.
+(FRAMEBUFFER_CONSOLE_DETECT_PRIMARY): both count; and any, if the kernel was started with a map of its own
+(fbcon=map:). Imported by the release side: it imports nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def framebuffer(host: Host, address: str) -> str:
     names = [n for n in host.entries(base) if n[:2] == "fb" and n[2:].isdigit()]
     names.sort(key=lambda n: int(n[2:]))
     primary = host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
-    for name in names if primary else names[:1]:
+    mapped = any(w.startswith("fbcon=map:") for w in host.known("/proc/cmdline").split())
+    for name in names if primary or mapped else names[:1]:
         if f"/{address}/" in host.target(f"{base}/{name}"):
             return name
     # The firmware's hangs on its card from 6.9 on only.

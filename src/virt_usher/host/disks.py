@@ -7,8 +7,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from virt_usher.host import Host
     from virt_usher.host.links import Links
 
@@ -32,9 +30,7 @@ class Disks:
     def places(self) -> list[str]:
         """Return what is mounted from them, what the host needs first."""
         numbers = {self._host.known(f"{_BLOCK}/{n}/dev") for n in self.blocks} - {""}
-        imported, btrfs = self._imported(), self._btrfs()
-        pools = self._zfs(imported)
-        found, btrfs_seen = [], False
+        found, pools = [], self._zfs()
         for line in self._host.known("/proc/1/mountinfo").splitlines():
             left, _, right = line.partition(" - ")
             fields, (kind, source, options, *_) = left.split(" "), [*right.split(" "), "", "", ""]
@@ -42,11 +38,6 @@ class Disks:
             known = pool in pools or not self._names.isdisjoint(self._named(kind, source, options))
             if len(fields) > 4 and (known or fields[2] in numbers):
                 found.append(fields[4])
-                btrfs_seen = btrfs_seen or kind == "btrfs"
-        if btrfs and not btrfs_seen:  # the kernel lists a btrfs there while it is mounted
-            found.append(f"a btrfs of several disks ({btrfs[0]})")
-        if not found:
-            found = [f"the ZFS pool {p}" for p in imported if p in pools]
         return sorted(dict.fromkeys(found), key=lambda p: (p not in HOST_NEEDS, len(p), p))
 
     def _named(self, kind: str, source: str, options: str) -> list[str]:
@@ -105,13 +96,17 @@ class Disks:
                 found.setdefault(self._host.known(f"{_BLOCK}/{name}/loop/backing_file"), []).append(name)
         return found
 
-    def _zfs(self, imported: Collection[str]) -> set[str]:
+    def pools(self) -> list[str]:
+        """Return the ZFS pools that the host has, and has from them."""
+        return [p for p in self._imported() if p in self._zfs()]
+
+    def _zfs(self) -> set[str]:
         """Return the pools that the host may have from them, by guid: names are for a guest to choose, too.
 
         Where one of the two guids is not known (older ZFS has no such file), or is no number as both write
         it, the name decides.
         """
-        said = {p: self._host.known(f"{_POOLS}/{p}/guid") for p in imported}
+        said = {p: self._host.known(f"{_POOLS}/{p}/guid") for p in self._imported()}
         guids = {p: g for p, g in said.items() if g.isdecimal()}
         found = set()
         for name, guid in self._members():
@@ -129,8 +124,8 @@ class Disks:
         members = [n for n in self.blocks if self._udev(n, "ID_FS_TYPE") == "zfs_member"]
         return [(self._udev(n, "ID_FS_LABEL"), self._udev(n, "ID_FS_UUID")) for n in members]
 
-    def _btrfs(self) -> list[str]:
-        """Return the btrfs that have one of them, by UUID."""
+    def btrfs(self) -> list[str]:
+        """Return the mounted btrfs that have one of them, by UUID."""
         base = "/sys/fs/btrfs"
         uuids = self._host.entries(base)
         return [u for u in uuids if any(n in self.blocks for n in self._host.entries(f"{base}/{u}/devices"))]

@@ -52,33 +52,53 @@ def _managers(host: Host, path: str, names: list[str]) -> set[str]:
     # logind stops the user's manager after the last of his sessions (UserStopDelaySec=10), unless he lingers.
     theirs = [(user, m) for _, uid, user, m in sessions if f"user@{uid}.service" in names]
     lingering = host.entries("/var/lib/systemd/linger") if theirs else []
-    return {m for _, m in theirs} if all(m and user not in lingering for user, m in theirs) else set()
+    managers = {"" if user in lingering else m for user, m in theirs}
+    return managers - {""} if len(managers) == 1 else set()
 
 
 def _sessions(host: Host) -> Iterator[tuple[str, str, str, str]]:
-    """Return (number, uid, user, display manager or '') of each session that somebody logged in to."""
+    """Return (number, uid, user, display manager or '') of each session that keeps a user's manager."""
     for number in host.entries("/run/systemd/sessions"):
         if not number.isalnum():  # 2.ref is a FIFO, which cannot be read
             continue
-        text = host.known(f"/run/systemd/sessions/{number}")
-        about = dict(line.partition("=")[::2] for line in text.splitlines())
-        # A user's manager has a session of its own from systemd 256 on, which ends with the others.
-        if about and not about.get("CLASS", "").startswith(("manager", "background")):
-            manager = _started_by(host, about["LEADER"]) if "SEAT" in about and "LEADER" in about else ""
-            yield number, about.get("UID", ""), about.get("USER", ""), manager
+        lines = host.known(f"/run/systemd/sessions/{number}").split("\n")
+        about = dict(line.partition("=")[::2] for line in lines)
+        # From systemd 256 on a user's manager has a session of its own, which ends with the others.
+        if "UID" in about and not about.get("CLASS", "").startswith("manager"):
+            manager = _started_by(host, about) if about.get("SEAT") else ""
+            yield number, about["UID"], about.get("USER", ""), manager
 
 
-def _started_by(host: Host, leader: str) -> str:
+def _started_by(host: Host, about: dict[str, str]) -> str:
     """Return the service that started a session at a seat, or '': somebody who logs in on a console has none.
 
     The leader is the display manager's child that asked PAM for the session (gdm-session-worker, sddm-helper,
     lightdm --session-child, greetd --session-worker), and is in the session's scope. The session's TYPE
     does not tell: greetd's are `tty`, whatever compositor runs in them.
     """
-    stat = host.known(f"/proc/{leader}/stat")
+    leader = about.get("LEADER", "")
+    stat = host.known(f"/proc/{leader}/stat") if leader.isdecimal() else ""
     fields = stat[stat.rfind(")") + 2 :].split()
-    unit = _cgroup(host, fields[1]).rpartition("/")[2] if len(fields) > 1 else ""
-    return unit if unit.endswith(".service") else ""
+    parent = fields[1] if len(fields) > 1 else ""
+    if parent == "1" and about.get("SERVICE") != "login":
+        return _invoked(host, leader)
+    path = _cgroup(host, parent) if parent else ""
+    unit = path.rpartition("/")[2]
+    return unit if unit.endswith(".service") and not path.startswith("/user.slice/") else ""
+
+
+def _invoked(host: Host, pid: str) -> str:
+    """Return the service that a process is the first of, though PAM moved it to its session's scope.
+
+    Such are ly's, in older versions, and units with PAMName=. systemd gives each an id (INVOCATION_ID).
+    """
+    units = "/run/systemd/units"
+    for word in host.known(f"/proc/{pid}/environ").split("\0"):
+        if word.startswith("INVOCATION_ID="):
+            for name in host.entries(units):
+                if name.endswith(".service") and host.target(f"{units}/{name}") == word[14:]:
+                    return name.removeprefix("invocation:")
+    return ""
 
 
 def _cgroup(host: Host, pid: str) -> str:

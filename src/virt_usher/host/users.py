@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DATA, GUEST, VFS, USE, DISPLAY = "data", "guest", "vfs", "in-use", "display"
 STUBS = ("pci-stub", "xen-pciback")  # drivers that use nothing
 _SHOWN = 3
+_OTHER_DISPLAY = "systemctl stop display-manager, and use another display for the host"
 # The first word of a keyboard's key bitmap: all of KEY_ESC to KEY_S (udev's ID_INPUT_KEYBOARD).
 _KEYBOARD = 0xFFFFFFFE
 
@@ -78,6 +79,7 @@ class _Look:
         self.but = (os.getpid(), but)
         self.links = Links(host)
         self.pictures: dict[str, list[str]] = {}
+        self.hidden = os.geteuid() != 0  # whether there are processes whose files cannot be seen
         self.nodes: dict[str, str] = {}  # what to look for in processes: device node -> address
 
     def users(self) -> list[User]:
@@ -105,10 +107,17 @@ class _Look:
         self.nodes |= {f"/dev/{n}": address for n in disks.blocks}
         if not disks.blocks:
             return []
+        pools = disks.pools()
         if places := disks.places():
             needed = places[0] in HOST_NEEDS
             hint = "the host needs it: give the domain another device" if needed else f"umount {places[0]}"
+            hint = f"zpool export {pools[0]}" if pools and not needed else hint
             return [User(address, DATA, f"carries what is mounted on {_some(places)}", hint)]
+        if pools:
+            return [User(address, DATA, f"carries the ZFS pool {_some(pools)}", f"zpool export {pools[0]}")]
+        if btrfs := disks.btrfs():
+            hint = "umount it: lsns -t mnt shows the mount namespaces, in one of which it is"
+            return [User(address, DATA, f"carries what is mounted on a btrfs ({btrfs[0]})", hint)]
         if swaps := disks.swaps():
             return [User(address, DATA, f"carries the swap space {_some(swaps)}", f"swapoff {swaps[0]}")]
         if upper := disks.upper():
@@ -202,8 +211,8 @@ class _Look:
             # whether a console is there or not (drm_fb_helper_lastclose).
             self.pictures[address] = pictures
             return []
-        hint = "systemctl stop display-manager, and use another display for the host"
-        return [User(address, DISPLAY, f"shows {_some(shows + pictures)}", hint, bool(console_on))]
+        what = f"shows {_some(shows + pictures)}"
+        return [User(address, DISPLAY, what, _OTHER_DISPLAY, bool(console_on))]
 
     def _firmware_display(self, address: str) -> list[User]:
         """The picture that firmware left on a graphics card without a driver; binding vfio ends it."""
@@ -294,7 +303,10 @@ class _Look:
                         holders.setdefault(address, {}).setdefault(int(pid), node)
                         continue
                     guests.append(User(address, GUEST, what, "virsh list; virt-usher status", group=group))
-        return guests + [user for a, held in holders.items() for user in self._holders(a, held)]
+        found = guests + [user for a, held in holders.items() for user in self._holders(a, held)]
+        # What nobody is seen to show may be shown by somebody who is not seen.
+        loose = [(a, p) for a, p in self.pictures.items() if p and a not in holders] if self.hidden else []
+        return found + [User(a, DISPLAY, f"shows {_some(p)}", _OTHER_DISPLAY) for a, p in loose]
 
     def _held(self, pid: str) -> list[tuple[str, str]]:
         """Return (node, address) for what a process has open of our devices, once for each device."""
@@ -306,6 +318,7 @@ class _Look:
             except (FileNotFoundError, ProcessLookupError):  # it was closed meanwhile, or the process ended
                 continue
             except PermissionError:  # not root, or the root of a container, whose devices are not its own
+                self.hidden = True
                 return []
             address = self._address(pid, fd, node) if node.startswith("/dev/") else ""
             if address and self._is_open(pid, fd):
