@@ -221,6 +221,13 @@ def test_other_disks_of_a_mount_are_others(tmp_path: Path, source: str) -> None:
     assert not found(host)
 
 
+def test_what_is_called_as_a_disk_is_need_not_be_one(tmp_path: Path) -> None:
+    """A 9p's tag, an NFS's path, a file to swap to."""
+    host = disk(make(tmp_path)).file("/proc/swaps", "Filename Type\n/srv/nvme0n1 file\n")
+    mounts(host, "0:31 / /shared - 9p nvme0n1", "0:32 / /backup - nfs4 nas:/nvme0n1p1")
+    assert not found(host)
+
+
 def test_a_disk_that_a_program_has_open(tmp_path: Path) -> None:
     host = disk(make(tmp_path))
     pid = host.runs("dd", "/dev/nvme0n1")

@@ -47,14 +47,16 @@ class Disks:
         """
         devices = source.split(":") if kind == "bcachefs" else [source]
         more = [o.partition("=")[2] for o in options.split(",") if o.startswith(("logdev=", "rtdev="))]
+        # A 9p's tag, or the end of an NFS's path, may be called as a disk is.
+        nodes = [d for d in (*devices, *more) if d.startswith("/dev/")]
         # mount(8) resolves the source, but not these: /dev/VG/LV, /dev/disk/by-id/….
-        return [d.rpartition("/")[2] for d in (*devices, *more)] + [self._host.link(d) for d in more]
+        return [n.rpartition("/")[2] for n in nodes] + [self._host.link(d) for d in more]
 
     def swaps(self) -> list[str]:
         """Return the swap spaces on them."""
         lines = self._host.known("/proc/swaps").splitlines()[1:]
         files = [line.split()[0] for line in lines if line.strip()]
-        return [f for f in files if f.rpartition("/")[2] in self._names]
+        return [f for f in files if f.startswith("/dev/") and f.rpartition("/")[2] in self._names]
 
     def upper(self) -> list[str]:
         """Return what is stacked on them."""

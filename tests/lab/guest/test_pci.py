@@ -178,22 +178,54 @@ def test_a_usb_device_of_a_running_guest(domain: Domain, second_domain: Domain) 
     start(domain)
 
 
-@pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.smoke), True])
-def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path, loop: bool) -> None:
+@pytest.fixture
+def disk() -> str:
     path = next((kernel.DEVICES / address("nvme")).glob("nvme/nvme*/nvme*n1")).name
-    disk = re.sub(r"c\d+", "", path)  # nvme0c0n1 is one of the paths to nvme0n1
-    node = run("losetup", "--find", "--show", f"/dev/{disk}").stdout.strip() if loop else f"/dev/{disk}"
-    run("mkfs.ext4", "-q", "-F", node)
-    run("mount", node, str(tmp_path))
+    return f"/dev/{re.sub(r'c[0-9]+', '', path)}"  # nvme0c0n1 is one of the paths to nvme0n1
+
+
+@contextmanager
+def above(disk: str, kind: str) -> Iterator[str]:
+    """Put a device of a kind on a disk; yield its node."""
+    node, remove = disk, ["true"]
+    if kind == "loop":
+        node = run("losetup", "--find", "--show", disk).stdout.strip()
+        remove = ["losetup", "--detach", node]
+    elif kind == "dm":  # called as what is mounted on /lab, which is no disk
+        run("dmsetup", "create", "lab", "--table", f"0 65536 linear {disk} 0")
+        node, remove = "/dev/mapper/lab", ["dmsetup", "remove", "--retry", "lab"]
     try:
-        domain.devices = ("nvme",)
-        said = refused(usher.enable(domain, "pci"))
-        assert f"carries what is mounted on {tmp_path}" in said
-        assert f"umount {tmp_path}" in said
+        yield node
     finally:
-        run("umount", str(tmp_path))
-        if loop:
-            run("losetup", "--detach", node)
+        run(*remove)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("itself", marks=pytest.mark.smoke), "loop", "dm"])
+def test_a_mounted_disk_is_refused(domain: Domain, tmp_path: Path, disk: str, kind: str) -> None:
+    domain.devices = ("nvme",)
+    usher.enable(domain, "pci")
+    with above(disk, kind) as node:
+        run("mkfs.ext4", "-q", "-F", node)
+        run("mount", node, str(tmp_path))
+        try:
+            said = refused(domain)
+            assert f"carries what is mounted on {tmp_path}" in said
+            assert f"umount {tmp_path}" in said
+        finally:
+            run("umount", str(tmp_path))
+
+
+def test_a_disk_with_swap_space_or_part_of_another_is_refused(domain: Domain, disk: str) -> None:
+    domain.devices = ("nvme",)
+    usher.enable(domain, "pci")
+    with above(disk, "dm") as node:
+        assert "carries dm-" in refused(domain)
+        run("mkswap", node)
+        run("swapon", node)
+        try:
+            assert "carries the swap space /dev/dm-" in refused(domain)
+        finally:
+            run("swapoff", node)
 
 
 def test_a_network_card_in_use_is_refused(domain: Domain) -> None:
