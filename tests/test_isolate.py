@@ -295,14 +295,15 @@ def test_a_unit_that_the_admin_confined_meanwhile_stays_so_and_is_reported(pc8: 
     assert "system.slice (0,4)" in remarks(pc8, "one")
 
 
-def test_what_the_admin_set_between_two_starts_comes_back(pc8: CpuHost) -> None:
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_what_the_admin_set_between_two_starts_comes_back(pc8: CpuHost, order: tuple[str, str]) -> None:
     start(pc8, "one", "2,6")
     pc8.systemctl("--runtime", "set-property", "--", "system.slice", "AllowedCPUs=0,3-4")
     pc8.write("/proc/irq/1/smp_affinity_list", "3,5")
     start(pc8, "two", "3")
     assert cgroup.effective(pc8, "system.slice") == {0, 4}
     assert affinity(pc8, 1) == {5}
-    for name in ("two", "one"):
+    for name in order:
         stop(pc8, name)
     assert cgroup.effective(pc8, "system.slice") == {0, 3, 4}
     assert pc8.property("system.slice") == "0,3-4"

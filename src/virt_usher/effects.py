@@ -51,7 +51,7 @@ class Knob(Kind):
         # Whoever comes later copies the true original, so that the last to go can restore it. What a stopped
         # domain left knows it too, unless the value is somebody else's by now.
         now = chosen(host, fields["path"])
-        before = [s for s in others if not s.left] or [s for s in others if now in _values(s)]
+        before = [s for s in others if not s.left][:1] or [s for s in others if now in _values(s)][-1:]
         old = before[0].data["old"] if before else now
         born = _born(host, fields["path"])
         return {"old": old, "born": born} if born else {"old": old}
@@ -78,8 +78,14 @@ class Knob(Kind):
             if now == target or (later and now == later[0].data.get("is")):
                 return ""
             passed = step.data.get("values", [])  # values of others, set by an undo that was killed
-            left = [value for s in others if s.left for value in _values(s)]
-            ours = now in (*_values(step), *left) or (not step.done and now == old)
+            left = [s for s in others if s.left and now in _values(s)]
+            if not later and any(s.at > step.at and s.data["old"] != old for s in left):
+                return ""  # one who came later, and found another value, has it to put back
+            ours = (
+                now in _values(step)
+                or any(s.data["old"] == old for s in left)
+                or (not step.done and now == old)
+            )
             # Killed after a write, and before it was noted how the kernel spells the value.
             unnoted = passed if step.done else [step.data["new"], *passed]
             if not ours and not any(_spelt(host, path, value, now) for value in unnoted):

@@ -56,12 +56,13 @@ class Isolation(Kind):
     @staticmethod
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         part, mates = PARTS[step.data["part"]], _mates(step.data, others)
-        was, deadline = _originals([*mates, step]), time.monotonic() + SECONDS
+        steps = sorted([*mates, step], key=lambda s: s.at)
+        was, deadline = _originals(steps), time.monotonic() + SECONDS
         part.settle(host, deadline)
         if mates and _originals(mates) != was:
             mates[-1].log("ok", was=was)
         # One that is as it was at first has never moved: its driver does not let it.
-        moves, foreign = _moves(host, [*mates, step], mates, untouched=False)
+        moves, foreign = _moves(host, steps, mates, untouched=False)
         stays = part.write(host, moves, was, deadline)
         if stays:
             name, why = next(iter(stays.items()))

@@ -68,11 +68,10 @@ class Step:
         """Whether it is left over from a domain that has stopped: its undo failed."""
         return "cause" in self.data
 
-    def wait_for(self, other: Step) -> str:
-        """Leave the undo to a step that copied our original; one that came after ours failed did not."""
-        if self.left:
-            raise UsherError(f"{self.data.get('what')} waits for the domain {other.domain!r}")
-        return ""
+    def inherit(self, other: Step, found: bool = True) -> None:
+        """Take over the original of one who leaves: he came later, or left behind what we have `found`."""
+        if self.data["old"] != other.data["old"] and (other.at > self.at or (other.left and found)):
+            self.log("ok", old=other.data["old"])
 
     def log(self, word: str, **fields: Any) -> None:
         """Append a record about this step to its journal."""

@@ -41,17 +41,18 @@ class Unit(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        live = [s for s in others if not s.left]
-        for other in live:
-            if other.data["want"] != fields["want"]:
+        for other in others:
+            if other.data["want"] != fields["want"] and not other.left:
                 raise UsherError(
                     f"{fields['unit']} is kept {other.data['want']} for the domain {other.domain!r}"
                 )
-        if live:
-            return {"old": live[0].data["old"]}
         systemctl.settle(host, time.monotonic() + BACK)
         now = state(host, fields["unit"])
-        return {"old": INACTIVE if now == FAILED and fields["want"] == ACTIVE else _SETTLES.get(now, now)}
+        now = _SETTLES.get(now, now)
+        # As it is, unless domains made it so: the last who came knows what it was.
+        if ours := [s for s in others if now in (s.data["want"], s.data.get("reached"))]:
+            return {"old": ours[-1].data["old"]}
+        return {"old": INACTIVE if now == FAILED and fields["want"] == ACTIVE else now}
 
     @staticmethod
     def do(host: LiveHost, step: Step, others: list[Step], deadline: float) -> dict[str, Any]:
@@ -64,8 +65,9 @@ class Unit(Kind):
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         unit, old = step.data["unit"], step.data["old"]
         if live := [s for s in others if not s.left]:
-            return step.wait_for(live[0])
-        if old not in (ACTIVE, INACTIVE):
+            live[-1].inherit(step)
+            return ""
+        if old not in (ACTIVE, INACTIVE) or old == step.data["want"]:
             return ""
         if stopping(host):
             return f"{unit} is left as it is: the system is stopping"

@@ -13,7 +13,7 @@ import time
 from virt_usher import children, inuse
 from virt_usher.effects import KINDS, Kind
 from virt_usher.errors import UsherError
-from virt_usher.rebind import BUS, UNDO_SECONDS, UNSET, Device, modprobe
+from virt_usher.rebind import BUS, UNDO_SECONDS, UNSET, Device, holder, modprobe
 
 TYPE_CHECKING = False  # importing typing would cost release more than all its work
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Module(Kind):
 
     @staticmethod
     def before(host: LiveHost, fields: dict[str, Any], others: list[Step]) -> dict[str, Any]:
-        if live := [s for s in others if not s.left]:
-            return {"old": live[0].data["old"]}
-        name = fields["module"]
+        name, live = fields["module"], [s for s in others if not s.left]
+        if live and not loaded(host, name):
+            return {"old": live[-1].data["old"]}
         devices = [[p.rpartition("/")[2], d] for d, p in bound(host, name) if d[:4] == "pci:"]
         return {"old": {"loaded": loaded(host, name), "devices": devices}}
 
@@ -58,10 +58,13 @@ class Module(Kind):
     def undo(host: LiveHost, step: Step, others: list[Step]) -> str:
         name, old = step.data["module"], step.data["old"]
         if live := [s for s in others if not s.left]:
-            return step.wait_for(live[0])
+            live[-1].inherit(step, found=not live[-1].data["old"]["loaded"])
+            return ""
         if not old["loaded"]:
             return ""
         held = {s.data["address"] for s in step.journal.live() if s.kind == "driver"}
+        # Tried again later it may meet a domain that got the device without its driver, and gives it back so.
+        held |= {a for a, _ in old["devices"] if step.left and holder(host, f"pci-{a}", step.domain)}
         if waits := held.intersection(a for a, _ in old["devices"]):
             raise UsherError(f"{name} waits for {min(waits)}, which is not back yet", "virt-usher recover")
         if not (step.done or step.failed):

@@ -18,7 +18,7 @@ GDM, SDDM = "/system.slice/gdm.service", "/system.slice/sddm.service"
 Session = dict[str, str]
 DESKTOP: Session = {"starter": GDM, "TYPE": "wayland"}
 GREETD: Session = {"starter": GDM, "TYPE": "tty"}  # as is its compositor's
-STARTX: Session = {"TYPE": "wayland", "SERVICE": "login"}  # with XDG_SESSION_TYPE set by hand
+STARTX: Session = {"TYPE": "wayland"}  # with XDG_SESSION_TYPE set by hand
 SSH: Session = {"starter": "/system.slice/ssh.service", "SEAT": "", "TYPE": "tty"}
 GREETER: Session = {"starter": GDM, "UID": "42", "USER": "gdm", "CLASS": "greeter"}
 OTHERS_SSH: Session = SSH | {"UID": "1001", "USER": "al"}
@@ -89,15 +89,15 @@ def test_what_ends_with_the_display_manager(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("service", "known", "ends"),
+    ("leads", "known", "ends"),
     [("cage", "cage@tty1.service", True), ("cage", "", False), ("login", "getty@tty1.service", False)],
 )
-def test_a_unit_that_logs_in_by_itself(tmp_path: Path, service: str, known: str, ends: bool) -> None:
+def test_a_unit_that_logs_in_by_itself(tmp_path: Path, leads: str, known: str, ends: bool) -> None:
     """With PAMName=, or as ly: the leader is its first process, whose parent is PID 1."""
     host = host_with(tmp_path)
-    leader = host.runs("cage", "/dev/dri/card0", cgroup=f"{USER}/session-2.scope")
+    leader = host.runs(leads, "/dev/dri/card0", cgroup=f"{USER}/session-2.scope")
     host.file(f"/proc/{leader}/environ", "HOME=/home/jo\0INVOCATION_ID=00f1\0")
-    host.logs_in(2, LEADER=str(leader), SERVICE=service)
+    host.logs_in(2, LEADER=str(leader), SERVICE="login")
     for name, id_ in {"other.service": "00f2", known: "00f1"}.items():
         host.link_to(f"/run/systemd/units/invocation:{name}", id_)
     (user,) = users.find(host, [CARD])

@@ -386,7 +386,9 @@ def test_a_picture_of_somebody_who_may_not_be_seen() -> None:
             os.seteuid(me)
 
 
-@pytest.mark.parametrize(("words", "shown"), [("quiet fbcon=map:1", True), ("quiet", False)])
+@pytest.mark.parametrize(
+    ("words", "shown"), [("quiet fbcon=map:1", True), ("fbcon=nodefer,map:01", True), ("quiet", False)]
+)
 def test_the_console_where_the_kernel_was_told_to_put_it(tmp_path: Path, words: str, shown: bool) -> None:
     host = graphics(make(tmp_path, kind=VGA)).hangs_on(A, "graphics", "fb1", name="amdgpudrmfb")
     host.file("/sys/class/graphics/fb0/name", "i915drmfb").file("/proc/cmdline", f"root=/dev/sda1 {words}\n")

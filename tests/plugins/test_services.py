@@ -249,26 +249,90 @@ def test_two_domains_that_want_opposites_do_not_both_start(systemd: FakeHost) ->
     assert "smb.service is kept active for the domain 'one'" in result.stderr
 
 
-@pytest.mark.parametrize("works", [False, True])
-def test_what_is_left_of_a_stopped_domain_forbids_no_opposite(systemd: FakeHost, works: bool) -> None:
-    """Nor is it the next one's to put back, should the unit fail once more."""
-    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'stop = ["greeter"]'))
+def one_is_left(host: FakeHost) -> bytes:
+    """Let one stop a unit that does not start again at its end; return one's XML."""
+    xml = enable(host, "one", 'stop = ["greeter"]')
+    run_hook(host, "one", "prepare", xml)
     fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
-    systemd.file("/usr/bin/systemctl", fails, 0o755)
-    run_hook(systemd, "one", "release")
-    assert "failed to start" in systemd.journal("one")
+    host.file("/usr/bin/systemctl", fails, 0o755)
+    run_hook(host, "one", "release")
+    assert "failed to start" in host.journal("one")
+    return xml
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+@pytest.mark.parametrize("works", [False, True])
+def test_what_is_left_of_a_stopped_domain_forbids_no_opposite(
+    systemd: FakeHost, works: bool, recovered: bool
+) -> None:
+    """Nor is it the next one's to put back, should the unit fail once more."""
+    one_is_left(systemd)
     if works:
         systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
     result = run_hook(systemd, "two", "prepare", enable(systemd, "two", 'start = ["greeter"]'))
     assert (result.status == 0) == works
-    if works:
+    if works and recovered:
         run_hook(systemd, "one", "release")
-        assert "waits for the domain 'two'" in systemd.journal("one")
     run_hook(systemd, "two", "release")
     assert not systemd.journal("two")
     systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
     run_hook(systemd, "one", "release")
     assert (systemd.journal("one"), state(systemd, "greeter")) == ("", "active")
+
+
+def test_a_domain_starts_again_while_another_wants_what_is_left_of_it(systemd: FakeHost) -> None:
+    xml = one_is_left(systemd)
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
+    assert run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["greeter"]')).status == 0
+    result = run_hook(systemd, "one", "prepare", xml)
+    assert result.status == 0, result.stderr
+    for name in ("two", "one"):
+        run_hook(systemd, name, "release")
+    assert (systemd.journal("one"), systemd.journal("two")) == ("", "")
+    assert state(systemd, "greeter") == "active"
+
+
+def test_a_unit_that_two_could_not_put_back_is_what_it_was_before_both(systemd: FakeHost) -> None:
+    one_is_left(systemd)
+    systemd.file("/units/greeter.service", "inactive").file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
+    assert run_hook(systemd, "two", "prepare", enable(systemd, "two", 'start = ["greeter"]')).status == 0
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL.replace("stop:*)", "stop:*) exit 1 ;; gone)"), 0o755)
+    run_hook(systemd, "two", "release")
+    systemd.file("/usr/bin/systemctl", SYSTEMCTL, 0o755)
+    for name in ("one", "two"):
+        run_hook(systemd, name, "release")
+    assert (systemd.journal("one"), systemd.journal("two")) == ("", "")
+    assert state(systemd, "greeter") == "active"
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_a_unit_that_the_admin_started_between_two_domains_runs_afterwards(
+    systemd: FakeHost, order: tuple[str, str]
+) -> None:
+    systemd.file("/units/greeter.service", "inactive")
+    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'stop = ["greeter"]'))
+    systemd.file("/units/greeter.service", "active")
+    run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["greeter"]'))
+    assert state(systemd, "greeter") == "inactive"
+    for name in order:
+        run_hook(systemd, name, "release")
+    assert state(systemd, "greeter") == "active"
+
+
+def test_a_unit_that_a_killed_start_had_no_need_to_change_is_the_admins(systemd: FakeHost) -> None:
+    systemd.file("/units/greeter.service", "inactive")
+    xml = enable(systemd, "one", 'stop = ["greeter"]')
+    killed = False
+    for point in range(1, 40):
+        systemd.file("/units/greeter.service", "inactive")
+        run_hook(systemd, "one", "prepare", xml, kill_at=point, kill="family")
+        if '"unit":"greeter.service"' in systemd.journal("one"):
+            killed = True
+            systemd.file("/units/greeter.service", "active")
+        before = state(systemd, "greeter")
+        run_hook(systemd, "one", "release")
+        assert state(systemd, "greeter") == before
+    assert killed
 
 
 def test_no_job_is_queued_while_the_system_stops(systemd: FakeHost) -> None:

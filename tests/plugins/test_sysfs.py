@@ -83,6 +83,28 @@ def test_a_value_that_was_not_handed_over_is_put_back_by_whoever_goes_last(knobs
     assert (knobs.journal("one"), knobs.journal("two"), knobs.read(INTERVAL)) == ("", "", "1")
 
 
+@pytest.mark.parametrize(("second", "third"), [(60, 0), (120, 0), (120, 30)])
+def test_what_the_admin_set_between_two_that_are_left_comes_back(
+    knobs: FakeHost, second: int, third: int
+) -> None:
+    one_is_left(knobs)
+    knobs.write(INTERVAL, "7")
+    knobs.domain("two", f'[plugins.sysfs]\nset = ["{INTERVAL} = {second}"]')
+    run_hook(knobs, "two", "prepare")
+    knobs.fail(INTERVAL, errno.EIO)
+    run_hook(knobs, "two", "release")
+    knobs.heal()
+    names = ["one", "two"]
+    if third:
+        knobs.domain("three", f'[plugins.sysfs]\nset = ["{INTERVAL} = {third}"]')
+        run_hook(knobs, "three", "prepare")
+        names = ["three", *names]
+    for name in names:
+        run_hook(knobs, name, "release")
+        assert not knobs.journal(name)
+    assert knobs.read(INTERVAL) == "7"
+
+
 def test_wildcards_and_the_cpus_of_the_domain(knobs: FakeHost) -> None:
     base = "/sys/devices/system/cpu"
     assert planned(knobs, base + "/cpu{cpu}/cpuidle/state[12]/disable=1") == {

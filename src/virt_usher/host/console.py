@@ -32,7 +32,7 @@ def framebuffer(host: Host, address: str) -> str:
     names = [n for n in host.entries(base) if n[:2] == "fb" and n[2:].isdigit()]
     names.sort(key=lambda n: int(n[2:]))
     primary = host.known(f"/sys/bus/pci/devices/{address}/boot_vga") == "1"
-    mapped = any(w.startswith("fbcon=map:") for w in host.known("/proc/cmdline").split())
+    mapped = any(w.startswith("fbcon=") and "map:" in w for w in host.known("/proc/cmdline").split())
     for name in names if primary or mapped else names[:1]:
         if f"/{address}/" in host.target(f"{base}/{name}"):
             return name

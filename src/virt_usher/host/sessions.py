@@ -80,7 +80,7 @@ def _started_by(host: Host, about: dict[str, str]) -> str:
     stat = host.known(f"/proc/{leader}/stat") if leader.isdecimal() else ""
     fields = stat[stat.rfind(")") + 2 :].split()
     parent = fields[1] if len(fields) > 1 else ""
-    if parent == "1" and about.get("SERVICE") != "login":
+    if parent == "1" and host.get(f"/proc/{leader}/comm") != "login":  # a getty's
         return _invoked(host, leader)
     path = _cgroup(host, parent) if parent else ""
     unit = path.rpartition("/")[2]
@@ -93,7 +93,7 @@ def _invoked(host: Host, pid: str) -> str:
     Such are ly's, in older versions, and units with PAMName=. systemd gives each an id (INVOCATION_ID).
     """
     units = "/run/systemd/units"
-    for word in host.known(f"/proc/{pid}/environ").split("\0"):
+    for word in host.get(f"/proc/{pid}/environ").split("\0"):
         if word.startswith("INVOCATION_ID="):
             for name in host.entries(units):
                 if name.endswith(".service") and host.target(f"{units}/{name}") == word[14:]:

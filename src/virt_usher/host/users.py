@@ -306,7 +306,8 @@ class _Look:
         found = guests + [user for a, held in holders.items() for user in self._holders(a, held)]
         # What nobody is seen to show may be shown by somebody who is not seen.
         loose = [(a, p) for a, p in self.pictures.items() if p and a not in holders] if self.hidden else []
-        return found + [User(a, DISPLAY, f"shows {_some(p)}", _OTHER_DISPLAY) for a, p in loose]
+        hint = "some processes cannot be looked at; if none of them has the card, waive this"
+        return found + [User(a, DISPLAY, f"shows {_some(p)}", hint) for a, p in loose]
 
     def _held(self, pid: str) -> list[tuple[str, str]]:
         """Return (node, address) for what a process has open of our devices, once for each device."""
