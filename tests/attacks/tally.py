@@ -48,7 +48,7 @@ ATTACKS = {
         "what is not harmless is refused, nothing switched off, nothing touched; a name is data",
     ),
     "laws": (
-        "Three domains start, stop, crash and recover in random order, while an admin sets values of his own",
+        "Three domains start, stop, crash, get stuck and recover in random order, while an admin sets things",
         "the host is as before once nobody holds it, with what the admin set; those that run are left alone",
     ),
     "race": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -32,6 +33,8 @@ WANTS = {
     "cpus": "[plugins.cpu_isolation]\nshare = true\n",
 }
 wants = st.lists(st.sampled_from(list(WANTS)), min_size=1, max_size=4, unique=True)
+# What cannot be written at a stop: the domain's claim is left over.
+STUCK = ("", "", *KNOBS, "*/nr_hugepages", "*/cpumask", "*/scaling_governor", "*/bind")
 points = st.one_of(st.just(0), st.integers(1, 90))
 kills = st.sampled_from(["process", "family"])
 
@@ -46,7 +49,7 @@ class Host(RuleBasedStateMachine):
         self.host.config("[plugins.reset_check]\nenabled = false\n")
         self.quiet = self.look()
         self.running: dict[str, bytes] = {}
-        self.unclear: set[str] = set()  # killed in a start or a stop, and nothing came after
+        self.unclear: set[str] = set()  # killed in a start or a stop, or left over, and nothing came after
         self.number = 700
 
     def look(self) -> dict[str, str]:
@@ -78,13 +81,18 @@ class Host(RuleBasedStateMachine):
             self.running[name] = xml
             self.host.qemu_runs(name)
 
-    @rule(name=st.sampled_from(NAMES), point=points, kill=kills)
-    def stop(self, name: str, point: int, kill: str) -> None:
+    @rule(name=st.sampled_from(NAMES), point=points, kill=kills, stuck=st.sampled_from(STUCK))
+    def stop(self, name: str, point: int, kill: str, stuck: str) -> None:
         """Stop a domain; one that does not run gets a release too, as libvirt calls it after a refusal."""
         if self.running.pop(name, None):
             self.host.qemu_ends(name)
+        if stuck:
+            self.host.fail(stuck, errno.EIO)
         result = gone_daemon(self.host, name, "release", b"", point, kill)
-        (self.unclear.add if result.killed else self.unclear.discard)(name)
+        self.host.heal()
+        left = bool(self.host.journal(name))
+        assert result.killed or stuck or not left
+        (self.unclear.add if result.killed or left else self.unclear.discard)(name)
 
     @rule(name=st.sampled_from(NAMES), operation=st.sampled_from(["prepare", "reconnect"]))
     def again(self, name: str, operation: str) -> None:
@@ -110,6 +118,21 @@ class Host(RuleBasedStateMachine):
         self.host.write(knob, str(self.number))
         self.quiet[knob] = self.look()[knob]
 
+    @rule()
+    def admins_interrupt(self) -> None:
+        """Let CPUs have an interrupt, one of which domains isolate."""
+        path = "/proc/irq/1/smp_affinity_list"
+        self.host.write(path, "2-3")
+        self.quiet[path] = self.look()[path]
+
+    @rule(unit=st.sampled_from(["smb", "greeter"]), active=st.booleans())
+    def admins_unit(self, unit: str, active: bool) -> None:
+        """Start or stop a unit, but not to what a domain has made of it, which nobody could tell."""
+        if active != (unit == "smb") or not self.held(f'"{unit}.service"'):
+            self.host.file(f"/.kernel/states/{unit}.service", "active" if active else "inactive")
+            shown = f"state of {unit}.service"
+            self.quiet[shown] = self.look()[shown]
+
     @invariant()
     def all_is_back_when_nobody_holds_it(self) -> None:
         if hasattr(self, "quiet") and not self.running and not self.unclear:
@@ -128,7 +151,7 @@ class Host(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "quiet"):
             for name in NAMES:
-                self.stop(name, 0, "process")
+                self.stop(name, 0, "process", "")
             self.all_is_back_when_nobody_holds_it()
             tally.note("laws", 1)
             self.room.cleanup()
