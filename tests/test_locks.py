@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -51,13 +52,20 @@ def test_a_lock_is_waited_for_until_the_deadline_and_its_holder_named(host: Fake
         assert caught.value.message == f"""domain x is held by pid {process.pid} ("it's a guest" prepare)"""
 
 
-def test_a_lock_that_need_not_be_waited_for_is_refused_at_once(host: FakeHost) -> None:
+def test_a_lock_that_need_not_be_waited_for_is_refused_soon(host: FakeHost) -> None:
     with (
         holder(host, "domain x"),
         pytest.raises(UsherError, match="is held by"),
         locks(host, 600).hold("domain x", wait=False),
     ):
         raise AssertionError("both hold it")
+
+
+def test_a_hook_that_has_answered_and_ends_is_waited_for_all_the_same(host: FakeHost) -> None:
+    with holder(host, "domain x") as process:
+        threading.Timer(0.05, process.kill).start()
+        with locks(host, 600).hold("domain x", wait=False):
+            pass
 
 
 def test_other_locks_are_free_meanwhile(host: FakeHost) -> None:

@@ -102,19 +102,25 @@ def test_the_last_of_two_domains_loads_them_again(tmp_path: Path) -> None:
     assert {p: t for p, t in host.snapshot().items() if "/3" not in p} == before
 
 
+def guest_is_left(root: Path) -> tuple[ModuleHost, dict[str, str]]:
+    """Let a module not load again when guest stops; return the host, and what it was like before."""
+    host = make(root)
+    before = host.snapshot()
+    run_hook(host, "guest", "prepare", xml(GPU))
+    host.hide("module.nvidia", "")
+    assert run_hook(host, "guest", "release").status == 0
+    assert "the module nvidia cannot be loaded" in host.journal("guest")
+    host.hide("module.nvidia", "nvidia")
+    return host, before
+
+
 @pytest.mark.parametrize("loaded_by_hand", [False, True])
 @pytest.mark.parametrize("recovered", [False, True])
 def test_what_a_stopped_domain_could_not_load_again_is_not_the_next_ones(
     tmp_path: Path, loaded_by_hand: bool, recovered: bool
 ) -> None:
     """Unless `recover` finds them wanted out of the kernel: then whoever wants them so loads them."""
-    host = make(tmp_path)
-    before = host.snapshot()
-    run_hook(host, "guest", "prepare", xml(GPU))
-    host.hide("module.nvidia", "")
-    run_hook(host, "guest", "release")
-    host.hide("module.nvidia", "nvidia")
-    assert "the module nvidia cannot be loaded" in host.journal("guest")
+    host, before = guest_is_left(tmp_path)
     if loaded_by_hand:
         host.modprobe("nvidia_drm")
     device = GPU if loaded_by_hand else OTHER
@@ -134,12 +140,7 @@ def test_what_a_stopped_domain_could_not_load_again_is_not_the_next_ones(
 
 def test_what_is_left_of_a_module_waits_for_its_devices(tmp_path: Path) -> None:
     """Another domain got the card without its driver, and gives it back so."""
-    host = make(tmp_path)
-    before = host.snapshot()
-    run_hook(host, "guest", "prepare", xml(GPU))
-    host.hide("module.nvidia", "")
-    run_hook(host, "guest", "release")
-    host.hide("module.nvidia", "nvidia")
+    host, before = guest_is_left(tmp_path)
     host.domain("other", "[plugins.pci]\n")
     assert run_hook(host, "other", "prepare", xml(GPU, name="other")).status == 0
     run_hook(host, "guest", "release")
@@ -182,13 +183,7 @@ def test_a_device_that_its_module_found_before_its_own_undo_was_done_is_back(tmp
 
 
 def test_a_module_that_cannot_be_loaded_again_is_kept_for_recover(tmp_path: Path) -> None:
-    host = make(tmp_path)
-    before = host.snapshot()
-    assert run_hook(host, "guest", "prepare", xml(GPU)).status == 0
-    host.hide("module.nvidia", "")
-    assert run_hook(host, "guest", "release").status == 0
-    assert "the module nvidia cannot be loaded" in host.journal("guest")
-    host.hide("module.nvidia", "nvidia")
+    host, before = guest_is_left(tmp_path)
     assert run_hook(host, "guest", "release").status == 0
     assert host.snapshot() == before
 

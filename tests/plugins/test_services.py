@@ -166,13 +166,21 @@ def test_aliases_in_a_circle_come_to_an_end(host: FakeHost) -> None:
     assert own_name(host, "a.service") in ("a.service", "b.service")
 
 
+def one_is_left(host: FakeHost) -> bytes:
+    """Let one stop a unit that does not start again at its end; return one's XML."""
+    xml = enable(host, "one", 'stop = ["greeter"]')
+    run_hook(host, "one", "prepare", xml)
+    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
+    host.file("/usr/bin/systemctl", fails, 0o755)
+    run_hook(host, "one", "release")
+    assert "failed to start" in host.journal("one")
+    return xml
+
+
 @pytest.mark.parametrize("anew", [False, True])
 def test_what_a_stopped_domain_could_not_put_back_keeps_no_unit_down(systemd: FakeHost, anew: bool) -> None:
     """The unit would not start when one stopped, and one may start anew without it, before two comes."""
-    run_hook(systemd, "one", "prepare", enable(systemd, "one", 'stop = ["greeter"]'))
-    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
-    systemd.file("/usr/bin/systemctl", fails, 0o755)
-    run_hook(systemd, "one", "release")
+    one_is_left(systemd)
     if anew:
         assert run_hook(systemd, "one", "prepare", enable(systemd, "one", 'start = ["smb"]')).status == 0
     assert "failed to start" in systemd.journal("one")
@@ -247,17 +255,6 @@ def test_two_domains_that_want_opposites_do_not_both_start(systemd: FakeHost) ->
     run_hook(systemd, "one", "prepare", enable(systemd, "one", 'start = ["smb"]'))
     result = run_hook(systemd, "two", "prepare", enable(systemd, "two", 'stop = ["smb"]'))
     assert "smb.service is kept active for the domain 'one'" in result.stderr
-
-
-def one_is_left(host: FakeHost) -> bytes:
-    """Let one stop a unit that does not start again at its end; return one's XML."""
-    xml = enable(host, "one", 'stop = ["greeter"]')
-    run_hook(host, "one", "prepare", xml)
-    fails = SYSTEMCTL.replace("start:broken.service", "start:greeter.service")
-    host.file("/usr/bin/systemctl", fails, 0o755)
-    run_hook(host, "one", "release")
-    assert "failed to start" in host.journal("one")
-    return xml
 
 
 @pytest.mark.parametrize("recovered", [False, True])

@@ -100,7 +100,8 @@ class Disks:
 
     def pools(self) -> list[str]:
         """Return the ZFS pools that the host has, and has from them."""
-        return [p for p in self._imported() if p in self._zfs()]
+        theirs = self._zfs()
+        return [p for p in self._imported() if p in theirs]
 
     def _zfs(self) -> set[str]:
         """Return the pools that the host may have from them, by guid: names are for a guest to choose, too.
